@@ -1,0 +1,78 @@
+#pragma once
+// One step of the whole engine, as the scheduler plans it: global, in tokens and virtual blocks, without ranks. The same
+// plan goes to every rank, which derives its own part from it with the functions of cp/.
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "weft/api/request.h"
+#include "weft/api/sampling_params.h"
+
+namespace weft {
+
+using RequestHandle = uint64_t;
+
+// Told to the ranks once, with the first step that the request takes part in; they keep it until it is released.
+struct NewRequest {
+  RequestHandle handle = 0;
+  std::vector<int32_t> prompt_token_ids;
+  SamplingParams params;
+};
+
+// What one request does in this step: its tokens [computed, computed + tokens) are run.
+struct RequestStep {
+  RequestHandle handle = 0;
+  int64_t computed = 0;  // tokens whose KV is in the cache already
+  int64_t tokens = 0;    // tokens to run now, >= 1
+  // Still working off known tokens (prompt, or recomputation after a preemption). A decode row is the newest token
+  // alone. Never to be guessed from `tokens`: a chunk of a prompt may be one token long.
+  bool prefill = false;
+  bool sample = false;  // these tokens are the last known ones: choose the next token
+  // Tokens sampled in earlier steps that the ranks have not been told yet; they follow the tokens the ranks know.
+  std::vector<int32_t> appended_token_ids;
+  // Virtual blocks to put into the request's block table from index first_block on; what was there is cut off.
+  // first_block = 0 starts anew (first step, or the first after a preemption).
+  int32_t first_block = 0;
+  std::vector<int32_t> block_ids;
+};
+
+struct StepPlan {
+  uint64_t step = 0;
+  std::vector<NewRequest> admitted;
+  std::vector<RequestHandle> released;  // finished or aborted: forget them (before anything else in this plan)
+  std::vector<RequestStep> requests;
+  bool capture_logits = false;  // tests: every query token's logits come back in StepOutput::logits
+};
+
+// What a step gave for one request.
+struct RowOutput {
+  RequestHandle handle = 0;
+  std::optional<int32_t> token_id;  // where RequestStep::sample was set
+  std::optional<PositionLogprobs> logprobs;
+  // Prompt log-probabilities of tokens first_prompt_position, +1, ... where asked for.
+  int64_t first_prompt_position = 0;
+  std::vector<PositionLogprobs> prompt_logprobs;
+  // capture_logits: positions and their logits [positions, vocab].
+  std::vector<int64_t> logit_positions;
+  std::vector<float> logits;
+  // This request alone failed (its numbers became NaN, say): it ends with an error, the others go on.
+  std::optional<std::string> error;
+};
+
+struct StepOutput {
+  std::vector<RowOutput> rows;
+};
+
+// Runs steps on all ranks. Implemented over threads (and later MPI) by runner/; faked in scheduler and engine tests.
+class StepExecutor {
+ public:
+  virtual ~StepExecutor() = default;
+  // One step, start to end. Throws weft::Error (kInternal) when a rank failed: the executor is dead then.
+  virtual StepOutput Execute(const StepPlan& plan) = 0;
+  // Virtual blocks in each rank's KV cache.
+  virtual int64_t num_blocks() const = 0;
+};
+
+}  // namespace weft

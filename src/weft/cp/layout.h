@@ -18,9 +18,7 @@ struct KvLayout {
   // Index into the request's block table of the token at global position x.
   int64_t VirtualBlock(int64_t x) const { return x / VirtualBlockTokens(); }
   // The shard that stores global position x.
-  int32_t Owner(int64_t x) const {
-    return static_cast<int32_t>((x % VirtualBlockTokens()) / interleave % shards);
-  }
+  int32_t Owner(int64_t x) const { return static_cast<int32_t>((x % VirtualBlockTokens()) / interleave % shards); }
   // The offset of global position x in its owner's physical block.
   int32_t Offset(int64_t x) const {
     const int64_t v = x % VirtualBlockTokens();
@@ -51,7 +49,7 @@ struct Chunk {
 
 // The chunks of the new tokens [first, first + tokens) that PCP rank `rank` of `ranks` computes (head and tail): the
 // tokens are cut into 2*ranks chunks of ceil(tokens / (2*ranks)), clipped at the end; rank p takes chunks p and
-// 2*ranks-1-p; empty ones are dropped. With one rank the whole is one chunk... of two that touch: callers may join them.
+// 2*ranks-1-p, in this order; empty ones are dropped. With one rank the two chunks touch: callers may join them.
 std::vector<Chunk> SplitPrefill(int64_t first, int64_t tokens, int32_t ranks, int32_t rank);
 
 // The PCP rank whose chunks hold position `position` of such a split.

@@ -24,8 +24,10 @@ class Communicator {
   virtual void Barrier() = 0;
 
   // Element i of `views` becomes what member i gave as `mine` (sizes may differ; a null pointer with size 0 is fine).
-  // The views stay valid until the next collective *of this group* that the owner of the memory enters; nobody may
-  // write to what it gave before then. Where memory is shared they are the peers' own memory.
+  // A member may read the views until it enters its next collective of this group. The owner of the memory must neither
+  // write to it nor free it until its own next collective of this group (any: Release, Barrier, AllGather) has
+  // returned, for then all readers have entered that one too. Where memory is shared the views are the peers' own
+  // memory.
   virtual void AllGather(std::span<const std::byte> mine, std::vector<std::span<const std::byte>>& views) = 0;
 
   template <typename T>
@@ -36,16 +38,19 @@ class Communicator {
     for (const auto& b : bytes) views.emplace_back(reinterpret_cast<const T*>(b.data()), b.size() / sizeof(T));
   }
 
-  // Marks the end of a group's use of shared state: the next collective cannot begin in any member until all are here.
-  // (For a shared-memory group a Barrier; a no-op where AllGather copies.)
+  // Returns when this member may write again to what it gave to the last AllGather: every member has called Release (or
+  // entered another collective) and so is done reading. A Barrier where memory is shared; where AllGather copies it
+  // does not wait. A collective like the others: every member calls it, in the same order.
   virtual void Release() = 0;
 
-  // The group can no longer work (a member failed): every member's pending and later collective throws weft::Error.
+  // The group can no longer work (a member failed): every member's pending and later collective throws weft::Error
+  // (kInternal), also where a member waits inside one now. For good. May be called from any thread.
   virtual void Abort() = 0;
 };
 
-// The communicators of one group of `size` threads, element i for member i. They share state and may be destroyed in
-// any order.
+// The communicators of one group of `size` threads, element i for member i (used by one thread at a time, save Abort).
+// They share state and may be destroyed in any order. A collective costs one cache line from each peer. A waiting
+// member spins for some microseconds and then yields its core; with more members than cores it yields at once.
 std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int size);
 
 }  // namespace weft

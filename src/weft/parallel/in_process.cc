@@ -1,0 +1,100 @@
+#include <array>
+#include <atomic>
+#include <limits>
+
+#include "weft/core/error.h"
+#include "weft/core/thread_pool.h"
+#include "weft/parallel/communicator.h"
+#include "weft/parallel/spin.h"
+
+namespace weft {
+namespace {
+
+// About 20 us: the skew between ranks that have the same work to do. With more ranks than cores the one waited for may
+// need this very core, so it is given up after a look or two.
+constexpr int kSpins = 2000;
+constexpr int kSpinsOversubscribed = 20;
+
+// What a member says in one collective: "I am in number `epoch`, and here is my data". One cache line, so that a peer
+// learns both with one transfer.
+struct alignas(64) Slot {
+  std::atomic<uint64_t> epoch{0};  // collectives are numbered from 1
+  const std::byte* data = nullptr;
+  size_t size = 0;
+};
+
+// Members use slots[epoch % 2]. A member can be at most one collective ahead of the slowest one: to get to epoch e + 2
+// it must have seen everybody in e + 1, and a member enters e + 1 only after it has read all slots of e. So the slot of
+// e is not overwritten (in e + 2) while anyone still reads it.
+struct Shared {
+  explicit Shared(int n) : size(n) {
+    for (auto& half : slots) half = std::vector<Slot>(static_cast<size_t>(n));
+    spins = static_cast<size_t>(n) > AllowedCpus().size() ? kSpinsOversubscribed : kSpins;
+  }
+
+  int size;
+  int spins;
+  std::array<std::vector<Slot>, 2> slots;  // [2][size]
+  alignas(64) std::atomic<bool> aborted{false};
+};
+
+class InProcess final : public Communicator {
+ public:
+  InProcess(std::shared_ptr<Shared> shared, int rank) : shared_(std::move(shared)), rank_(rank) {}
+
+  int rank() const override { return rank_; }
+  int size() const override { return shared_->size; }
+  bool shares_memory() const override { return true; }
+
+  void Barrier() override { Meet({}); }
+  void Release() override { Meet({}); }
+
+  void AllGather(std::span<const std::byte> mine, std::vector<std::span<const std::byte>>& views) override {
+    const std::vector<Slot>& slots = Meet(mine);
+    views.resize(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) views[i] = {slots[i].data, slots[i].size};
+  }
+
+  void Abort() override { shared_->aborted.store(true, std::memory_order_release); }
+
+ private:
+  // Publishes `mine`, waits until every member has published in this collective, and returns all members' slots. They
+  // hold until this member enters its next collective.
+  const std::vector<Slot>& Meet(std::span<const std::byte> mine) {
+    ThrowIfAborted();
+    const uint64_t epoch = ++epoch_;
+    std::vector<Slot>& slots = shared_->slots[epoch % 2];
+    Slot& own = slots[static_cast<size_t>(rank_)];
+    own.data = mine.data();
+    own.size = mine.size();
+    own.epoch.store(epoch, std::memory_order_release);
+    for (const Slot& slot : slots) {
+      const auto arrived = [&] { return slot.epoch.load(std::memory_order_acquire) == epoch; };
+      while (!SpinBriefly(shared_->spins, 1, arrived)) ThrowIfAborted();
+    }
+    return slots;
+  }
+
+  void ThrowIfAborted() const {
+    if (shared_->aborted.load(std::memory_order_acquire)) [[unlikely]] {
+      throw Error(fmt::format("rank {} of {}: the group was aborted because a member failed", rank_, shared_->size),
+                  ErrorKind::kInternal);
+    }
+  }
+
+  std::shared_ptr<Shared> shared_;
+  int rank_;
+  uint64_t epoch_ = 0;
+};
+
+}  // namespace
+
+std::vector<std::unique_ptr<Communicator>> MakeInProcessGroup(int size) {
+  WEFT_CHECK(size >= 1, "size = {}", size);
+  const auto shared = std::make_shared<Shared>(size);
+  std::vector<std::unique_ptr<Communicator>> group;
+  for (int rank = 0; rank < size; ++rank) group.push_back(std::make_unique<InProcess>(shared, rank));
+  return group;
+}
+
+}  // namespace weft

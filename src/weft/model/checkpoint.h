@@ -13,7 +13,7 @@
 
 namespace weft {
 
-// What a tokenizer needs from the model's place: a folder (tokenizer.json ...) or a GGUF file's vocabulary.
+// An open model: its config, and its tensors as [rows, cols] of f32 or bf16.
 class Checkpoint {
  public:
   virtual ~Checkpoint() = default;
@@ -25,16 +25,19 @@ class Checkpoint {
   // kF32 or kBF16: what the values can be read as without loss (quantised and f16 ones: kF32).
   virtual DType NaturalDType(std::string_view name) const = 0;
   // Reads rows [row0, row0+rows) x columns [col0, col0+cols) (a vector is one row) as `dtype` (kF32 or kBF16,
-  // rounded to nearest even where it loses) to dst, row-major without gaps. Only these bytes of the file are touched.
-  // Thread-safe.
+  // rounded to nearest even where it loses) to dst, row-major without gaps. Only these bytes of the file are touched
+  // (of quantised tensors: the blocks that hold them). Throws weft::Error for a tensor that is missing, of a type that
+  // cannot be read, or smaller than the slice. Thread-safe.
   virtual void Read(std::string_view name, int64_t row0, int64_t rows, int64_t col0, int64_t cols, DType dtype,
                     void* dst) const = 0;
-  // Bytes of all tensors in the files (for the progress bar).
+  // Bytes of all tensors in the files.
   virtual int64_t total_bytes() const = 0;
 };
 
-// `path`: a folder in Hugging Face layout (config.json, *.safetensors [, model.safetensors.index.json]) or a .gguf file.
-// `hf_overrides` are merged into config.json. Throws weft::Error.
+// `path`: a folder in Hugging Face layout (config.json, [generation_config.json,] *.safetensors [with
+// model.safetensors.index.json]) or a .gguf file (of a split model: its first part).
+// `hf_overrides` (an object or null) replaces fields of config.json, or of what a GGUF's metadata say in its terms.
+// Throws weft::Error.
 std::unique_ptr<Checkpoint> OpenCheckpoint(const std::string& path, const nlohmann::json& hf_overrides = {});
 
 }  // namespace weft

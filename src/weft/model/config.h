@@ -2,11 +2,12 @@
 // What a model is, from config.json or from a GGUF's metadata.
 
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
+#include "weft/core/dtype.h"
 
 namespace weft {
 
@@ -20,16 +21,16 @@ struct RopeConfig {
   int64_t original_max_position = 0;
   double beta_fast = 32.0;  // yarn
   double beta_slow = 1.0;
-  bool truncate = true;                        // yarn: floor and ceil the bounds of the ramp
-  std::optional<double> attention_factor;      // yarn: overrides 0.1 ln(factor) + 1
+  bool truncate = true;                          // yarn: floor and ceil the bounds of the ramp
+  std::optional<double> attention_factor;        // yarn: overrides 0.1 ln(factor) + 1
   std::optional<double> mscale, mscale_all_dim;  // yarn, DeepSeek
   // GGUF rope_freqs.weight: divisors of the frequencies [rotary_dim / 2]; replaces llama3's rule.
   std::vector<float> freq_divisors;
 };
 
 struct ModelConfig {
-  std::string architecture;  // "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-  std::string model_type;    // "llama", "qwen2", "qwen3"
+  std::string architecture;  // "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+  std::string model_type;    // "llama", "mistral", "qwen2", "qwen3"
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
   int64_t num_layers = 0;
@@ -48,13 +49,37 @@ struct ModelConfig {
   RopeConfig rope;
   std::optional<int32_t> bos_token_id;
   std::vector<int32_t> eos_token_ids;  // config.json's; generation_config.json's are added where present
+  std::optional<DType> dtype;          // torch_dtype or dtype: what the weights were trained or saved in
 };
 
 // Throws weft::Error naming the field, its value and the rule for what is missing, out of range or not supported
-// (sliding windows, other activations, unknown architectures ...).
+// (sliding windows, other activations, unknown architectures ...). Reads both spellings of rope: rope_theta with
+// rope_scaling {type | rope_type, ...}, and rope_parameters {rope_theta, rope_type, ...}; rope_scaling goes first.
+// A field that is absent takes the default of the model's own configuration class where that has one worth having.
 ModelConfig ParseModelConfig(const nlohmann::json& config);
 
-// The inverse frequencies [rotary_dim / 2] in double and the factor on cos and sin.
+// Replaces fields of `config` by those of `overrides` (a JSON object, or null for none). A rope_theta or rope_scaling
+// given there also wins over a rope_parameters of the file. Throws weft::Error if `overrides` is not an object.
+void ApplyConfigOverrides(const nlohmann::json& overrides, nlohmann::json& config);
+
+// Adds generation_config.json's eos_token_id (a number, a list or absent). Throws weft::Error.
+void AddGenerationConfig(const nlohmann::json& generation_config, ModelConfig& config);
+
+// A tensor that a checkpoint of this config has, by its Hugging Face name.
+struct ModelTensor {
+  enum class Kind { kEmbedding, kMatrix, kBias, kNorm };
+  std::string name;
+  Kind kind = Kind::kMatrix;
+  int64_t rows = 0;  // 0: a vector
+  int64_t cols = 0;
+  int64_t elements() const { return rows == 0 ? cols : rows * cols; }
+};
+// All of them, embedding first, then layer by layer, the final norm, and the LM head unless it is tied.
+std::vector<ModelTensor> ModelTensors(const ModelConfig& config);
+
+// The inverse frequencies [rotary_dim / 2] in double and the factor on both cos and sin. The same table is used at all
+// lengths, below original_max_position too. Formulas: the RoPE, Llama 3.1 and YaRN (arXiv 2309.00071) rules as
+// transformers' modeling_rope_utils states them. rotary_dim must be even and positive.
 struct RopeTable {
   std::vector<double> inv_freq;
   double attention_factor = 1.0;

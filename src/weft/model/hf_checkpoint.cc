@@ -1,0 +1,177 @@
+// A folder in Hugging Face layout: config.json and safetensors files.
+#include <algorithm>
+#include <filesystem>
+#include <map>
+
+#include "weft/core/error.h"
+#include "weft/model/checkpoint_files.h"
+#include "weft/model/convert.h"
+#include "weft/model/file_io.h"
+#include "weft/model/safetensors.h"
+
+namespace weft::internal {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+// From this many bytes on a read is announced to the kernel.
+constexpr int64_t kReadAheadBytes = 256 << 10;
+
+struct Location {
+  const SafetensorsFile* file;
+  const SafetensorsTensor* tensor;
+};
+
+class HfCheckpoint : public Checkpoint {
+ public:
+  HfCheckpoint(const std::string& folder, const Json& hf_overrides) : folder_(folder) {
+    LoadConfig(hf_overrides);
+    if (fs::exists(fs::path(folder) / kIndex)) {
+      OpenIndexed();
+    } else {
+      OpenAll();
+    }
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  bool Has(std::string_view name) const override { return tensors_.find(name) != tensors_.end(); }
+
+  std::vector<int64_t> Shape(std::string_view name) const override { return Find(name).tensor->shape; }
+
+  DType NaturalDType(std::string_view name) const override {
+    return FloatType(name, Find(name)) == DType::kBF16 ? DType::kBF16 : DType::kF32;
+  }
+
+  void Read(std::string_view name, int64_t row0, int64_t rows, int64_t col0, int64_t cols, DType dtype,
+            void* dst) const override {
+    const Location at = Find(name);
+    const SafetensorsTensor& tensor = *at.tensor;
+    const DType stored = FloatType(name, at);
+    if (tensor.shape.empty() || tensor.shape.size() > 2) {
+      Throw("{}: tensor {} has {} dimensions; vectors and matrices are read", at.file->path(), name,
+            tensor.shape.size());
+    }
+    const int64_t all_rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1;
+    const int64_t all_cols = tensor.shape.back();
+    CheckSlice(name, all_rows, all_cols, row0, rows, col0, cols);
+    const auto width = static_cast<int64_t>(SizeOf(stored));
+    const uint8_t* src = tensor.data + (row0 * all_cols + col0) * width;
+    if (cols == all_cols) {  // whole rows lie together
+      if (rows * cols * width >= kReadAheadBytes) ReadAhead(src, rows * cols * width);
+      ConvertValues(stored, src, dtype, dst, rows * cols);
+      return;
+    }
+    auto* out = static_cast<uint8_t*>(dst);
+    for (int64_t row = 0; row < rows; ++row) {
+      ConvertValues(stored, src, dtype, out, cols);
+      src += all_cols * width;
+      out += static_cast<size_t>(cols) * SizeOf(dtype);
+    }
+  }
+
+  int64_t total_bytes() const override { return total_bytes_; }
+
+ private:
+  static constexpr const char* kIndex = "model.safetensors.index.json";
+
+  std::string PathOf(const std::string& file) const { return (fs::path(folder_) / file).string(); }
+
+  void LoadConfig(const Json& hf_overrides) {
+    const std::string path = PathOf("config.json");
+    if (!fs::exists(path)) Throw("{}: is missing; a model's folder must have it", path);
+    Json json = ReadJsonFile(path);
+    try {
+      ApplyConfigOverrides(hf_overrides, json);
+      config_ = ParseModelConfig(json);
+      const std::string generation = PathOf("generation_config.json");
+      if (fs::exists(generation)) AddGenerationConfig(ReadJsonFile(generation), config_);
+    } catch (const Error& error) {
+      throw Error(fmt::format("{}: {}", folder_, error.what()), error.kind(), error.param());
+    }
+  }
+
+  void OpenIndexed() {
+    const std::string index_path = PathOf(kIndex);
+    const Json index = ReadJsonFile(index_path);
+    if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+      Throw("{}: has no weight_map", index_path);
+    }
+    std::map<std::string, const SafetensorsFile*> shards;
+    for (const auto& [name, value] : index["weight_map"].items()) {
+      const std::string file = value.is_string() ? value.get<std::string>() : "";
+      // Only files of this folder: an index must not be a way to others.
+      if (file.empty() || file == "." || file == ".." ||
+          file.find_first_of(std::string_view("/\\\0", 3)) != file.npos) {
+        Throw("{}: weight_map: {} is said to lie in {}, which is not the name of a file", index_path, name,
+              value.dump());
+      }
+      const SafetensorsFile*& shard = shards[file];
+      if (shard == nullptr) {
+        if (!fs::exists(PathOf(file))) {
+          throw Error(fmt::format("{}: is missing; {} says that it holds {}", PathOf(file), kIndex, name),
+                      ErrorKind::kNotFound);
+        }
+        shard = Open(file);
+      }
+      const SafetensorsTensor* tensor = shard->Find(name);
+      if (tensor == nullptr) Throw("{}: has no tensor {}, although {} says so", shard->path(), name, kIndex);
+      Add(name, shard, tensor);
+    }
+  }
+
+  void OpenAll() {
+    std::vector<std::string> names;
+    if (fs::exists(PathOf("model.safetensors"))) {
+      names.push_back("model.safetensors");  // files beside it are something else: adapters, the original's copy ...
+    } else {
+      for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
+        if (entry.path().extension() == ".safetensors") names.push_back(entry.path().filename().string());
+      }
+    }
+    if (names.empty()) Throw("{}: has no *.safetensors file", folder_);
+    std::sort(names.begin(), names.end());
+    for (const std::string& name : names) {
+      const SafetensorsFile* file = Open(name);
+      for (const auto& [tensor_name, tensor] : file->tensors()) Add(tensor_name, file, &tensor);
+    }
+  }
+
+  const SafetensorsFile* Open(const std::string& file) {
+    return files_.emplace_back(std::make_unique<SafetensorsFile>(PathOf(file))).get();
+  }
+
+  void Add(const std::string& name, const SafetensorsFile* file, const SafetensorsTensor* tensor) {
+    const auto [it, added] = tensors_.emplace(name, Location{file, tensor});
+    if (!added) Throw("tensor {} is both in {} and in {}", name, it->second.file->path(), file->path());
+    total_bytes_ += tensor->bytes;
+  }
+
+  Location Find(std::string_view name) const {
+    const auto it = tensors_.find(name);
+    if (it != tensors_.end()) return it->second;
+    Throw(
+        "tensor {} is missing in {}", name,
+        files_.size() == 1 ? files_[0]->path() : fmt::format("the {} safetensors files of {}", files_.size(), folder_));
+  }
+
+  static DType FloatType(std::string_view name, const Location& at) {
+    const auto type = at.tensor->type();
+    if (type == DType::kF32 || type == DType::kBF16 || type == DType::kF16) return *type;
+    Throw("{}: tensor {} has type {}; F32, F16 and BF16 can be read", at.file->path(), name, at.tensor->dtype);
+  }
+
+  std::string folder_;
+  ModelConfig config_;
+  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::map<std::string, Location, std::less<>> tensors_;
+  int64_t total_bytes_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Checkpoint> OpenHfCheckpoint(const std::string& folder, const Json& hf_overrides) {
+  return std::make_unique<HfCheckpoint>(folder, hf_overrides);
+}
+
+}  // namespace weft::internal

@@ -1,6 +1,6 @@
 #pragma once
-// One step of the whole engine, as the scheduler plans it: global, in tokens and virtual blocks, without ranks. The same
-// plan goes to every rank, which derives its own part from it with the functions of cp/.
+// One step of the whole engine, as the scheduler plans it: global, in tokens and virtual blocks, without ranks. The
+// same plan goes to every rank, which derives its own part from it with the functions of cp/.
 
 #include <cstdint>
 #include <memory>

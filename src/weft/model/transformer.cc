@@ -1,0 +1,425 @@
+#include "weft/model/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "weft/core/error.h"
+
+namespace weft {
+namespace {
+
+// The MLP runs over this many rows at a time, so that gate and up (2 * ffn floats a row) stay in the last-level cache.
+constexpr int64_t kMlpRows = 1024;
+
+// Up to this many rows every rank adds up all partial results by itself (one barrier); above, each adds up a share of
+// the rows and the shares are gathered (two barriers, 1/TP of the additions).
+constexpr int64_t kDirectReduceRows = 16;
+
+void ReserveFloats(Buffer& buffer, int64_t n) { buffer.Reserve(static_cast<size_t>(n) * sizeof(float)); }
+
+}  // namespace
+
+RopeCache::RopeCache(const RopeConfig& rope, int64_t rotary_dim, int64_t max_position)
+    : values_(static_cast<size_t>(max_position * rotary_dim) * sizeof(float)) {
+  const RopeTable table = MakeRopeTable(rope, rotary_dim);
+  const auto half = static_cast<size_t>(rotary_dim / 2);
+  for (int64_t position = 0; position < max_position; ++position) {
+    float* row = values_.as<float>() + position * rotary_dim;
+    for (size_t d = 0; d < half; ++d) {
+      const double angle = static_cast<double>(position) * table.inv_freq[d];
+      row[d] = static_cast<float>(std::cos(angle) * table.attention_factor);
+      row[half + d] = static_cast<float>(std::sin(angle) * table.attention_factor);
+    }
+  }
+}
+
+int64_t ActivationBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, int64_t rows) {
+  const int64_t tp = parallel.tensor_parallel;
+  const int64_t q_dim = config.num_heads * config.head_dim / tp;
+  const int64_t kv_dim = std::max<int64_t>(1, config.num_kv_heads / tp) * config.head_dim;
+  const int64_t floats_per_row = 2 * config.hidden_size + 2 * q_dim + 2 * kv_dim +
+                                 (tp > 1 ? 4 * config.hidden_size : 0) +
+                                 2 * parallel.decode_context_parallel * (q_dim + config.num_heads);
+  const int64_t mlp = std::min(rows, kMlpRows) * 3 * (config.intermediate_size / tp + 1);
+  return (rows * floats_per_row + mlp) * static_cast<int64_t>(sizeof(float));
+}
+
+Transformer::Transformer(Options options)
+    : o_(std::move(options)),
+      c_(*o_.config),
+      w_(*o_.weights),
+      k_(*o_.kernels),
+      pool_(*o_.pool),
+      heads_(w_.heads),
+      kv_heads_(w_.kv_heads),
+      q_dim_(w_.heads * c_.head_dim),
+      kv_dim_(w_.kv_heads * c_.head_dim),
+      qkv_dim_(q_dim_ + 2 * kv_dim_),
+      shards_(o_.parallel.KvShards()),
+      dcp_(o_.parallel.decode_context_parallel) {
+  shard_caches_.assign(static_cast<size_t>(shards_), o_.cache);
+  if (!context_parallel()) return;
+  WEFT_CHECK(o_.groups.cp->size() == shards_ && o_.groups.cp->rank() == o_.coord.kv_shard);
+  WEFT_CHECK(o_.groups.cp->shares_memory());
+  const KvCache* mine = o_.cache;
+  std::vector<std::span<const KvCache* const>> views;
+  o_.groups.cp->AllGather(std::span<const KvCache* const>(&mine, 1), views);
+  for (size_t shard = 0; shard < views.size(); ++shard) shard_caches_[shard] = views[shard][0];
+  o_.groups.cp->Release();  // `mine` is about to go
+}
+
+void Transformer::Forward(const ForwardBatch& batch) {
+  rows_ = batch.rows;
+  const int64_t hidden = c_.hidden_size;
+  ReserveFloats(x_, rows_ * hidden);
+  ReserveFloats(normed_, rows_ * hidden);
+  ReserveFloats(qkv_, rows_ * qkv_dim_);
+  ReserveFloats(attn_, rows_ * q_dim_);
+  const int64_t mlp_rows = std::min(rows_, kMlpRows);
+  ReserveFloats(gate_up_, mlp_rows * 2 * w_.ffn);
+  ReserveFloats(act_, mlp_rows * w_.ffn);
+
+  Embed(batch);
+  PrepareAttention(batch);
+  float* x = x_.as<float>();
+  float* normed = normed_.as<float>();
+  for (int64_t layer = 0; layer < c_.num_layers; ++layer) {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    k_.rms_norm(x, hidden, w.input_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool_);
+    k_.linear({.x = normed,
+               .x_stride = hidden,
+               .m = rows_,
+               .w = &w.qkv,
+               .bias = w.qkv_bias.empty() ? nullptr : w.qkv_bias.data(),
+               .y = qkv_.as<float>(),
+               .y_stride = qkv_dim_},
+              pool_);
+    Attention(batch, layer);
+    RowParallel(attn_.as<float>(), q_dim_, w.o, w.o_bias, 0, rows_);
+
+    k_.rms_norm(x, hidden, w.post_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool_);
+    // Ranks of a TP group have the same rows, hence the same tiles and the same number of exchanges.
+    for (int64_t row0 = 0; row0 < rows_; row0 += kMlpRows) {
+      const int64_t rows = std::min(kMlpRows, rows_ - row0);
+      float* gate_up = gate_up_.as<float>();
+      k_.linear({.x = normed + row0 * hidden,
+                 .x_stride = hidden,
+                 .m = rows,
+                 .w = &w.gate_up,
+                 .bias = w.gate_up_bias.empty() ? nullptr : w.gate_up_bias.data(),
+                 .y = gate_up,
+                 .y_stride = 2 * w_.ffn},
+                pool_);
+      k_.swiglu(gate_up, 2 * w_.ffn, gate_up + w_.ffn, 2 * w_.ffn, act_.as<float>(), w_.ffn, rows, w_.ffn, pool_);
+      RowParallel(act_.as<float>(), w_.ffn, w.down, w.down_bias, row0, rows);
+    }
+  }
+}
+
+void Transformer::Embed(const ForwardBatch& batch) {
+  const int64_t hidden = c_.hidden_size;
+  const bool split = o_.groups.tp->size() > 1;
+  if (split) ReserveFloats(partial_[parity_], rows_ * hidden);
+  float* out = split ? Partial() : x_.as<float>();
+  pool_.ParallelFor(rows_, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t token = batch.token_ids[static_cast<size_t>(row)];
+      if (token >= w_.vocab.begin && token < w_.vocab.end) {
+        k_.unpack_row(w_.embedding_rows(), token - w_.vocab.begin, out + row * hidden);
+      } else {
+        std::memset(out + row * hidden, 0, static_cast<size_t>(hidden) * sizeof(float));
+      }
+    }
+  });
+  if (!split) return;
+  std::memset(x_.data(), 0, static_cast<size_t>(rows_ * hidden) * sizeof(float));
+  AddReduced(0, rows_);
+}
+
+void Transformer::RowParallel(const float* y, int64_t y_stride, const PackedWeights& w, const std::vector<float>& bias,
+                              int64_t row0, int64_t rows) {
+  const int64_t hidden = c_.hidden_size;
+  LinearArgs args{.x = y,
+                  .x_stride = y_stride,
+                  .m = rows,
+                  .w = &w,
+                  .bias = bias.empty() ? nullptr : bias.data(),
+                  .y = x_.as<float>() + row0 * hidden,
+                  .y_stride = hidden,
+                  .accumulate = true};
+  if (o_.groups.tp->size() == 1) {
+    k_.linear(args, pool_);
+    return;
+  }
+  ReserveFloats(partial_[parity_], rows * hidden);
+  args.y = Partial();
+  args.accumulate = false;
+  k_.linear(args, pool_);
+  AddReduced(row0, rows);
+}
+
+void Transformer::AddReduced(int64_t row0, int64_t rows) {
+  Communicator& tp = *o_.groups.tp;
+  const int64_t hidden = c_.hidden_size;
+  float* x = x_.as<float>() + row0 * hidden;
+  std::vector<std::span<const float>> parts;
+  tp.AllGather(std::span<const float>(Partial(), static_cast<size_t>(rows * hidden)), parts);
+  std::vector<const float*> sources(parts.size());
+
+  // Always in the order of the ranks, so that all of them get the same sum to the last bit.
+  const bool direct = rows <= kDirectReduceRows;
+  const Range mine = direct ? Range{0, rows} : SplitRange(rows, tp.size(), tp.rank());
+  for (size_t i = 0; i < parts.size(); ++i) sources[i] = parts[i].data() + mine.begin * hidden;
+  Buffer& reduced = reduced_[parity_];
+  ReserveFloats(reduced, mine.size() * hidden);
+  k_.sum_parts(sources, mine.size() * hidden, reduced.as<float>(), pool_);
+  if (direct) {
+    k_.add(x, hidden, reduced.as<float>(), hidden, rows, hidden, pool_);
+  } else {
+    std::vector<std::span<const float>> sums;
+    tp.AllGather(std::span<const float>(reduced.as<float>(), static_cast<size_t>(mine.size() * hidden)), sums);
+    for (int i = 0; i < tp.size(); ++i) {
+      const Range share = SplitRange(rows, tp.size(), i);
+      k_.add(x + share.begin * hidden, hidden, sums[static_cast<size_t>(i)].data(), hidden, share.size(), hidden,
+             pool_);
+    }
+  }
+  Toggle();
+}
+
+void Transformer::PrepareAttention(const ForwardBatch& batch) {
+  prefill_tasks_.clear();
+  decode_tasks_.clear();
+  // All pages first: the tasks hold views of them.
+  prefill_pages_.clear();
+  decode_pages_.clear();
+  const KvCacheShape& shape = o_.cache->shape();
+  auto pages_of = [&](const QuerySegment& segment, int32_t shard) {
+    return KvPages{.dtype = shape.dtype,
+                   .block_table = segment.block_table.data(),
+                   .block_tokens = shape.block_tokens,
+                   .k_block_stride = shape.k_block_elements(),
+                   .k_head_stride = shape.block_tokens * shape.k_dim,
+                   .v_block_stride = shape.v_block_elements(),
+                   .v_head_stride = shape.block_tokens * shape.v_dim,
+                   .visible = batch.visible.data() + int64_t{shard} * batch.rows + segment.row0};
+  };
+  // Without context parallelism a decode row is a segment of one row like any other.
+  auto whole = [&](const QuerySegment& segment) {
+    for (int32_t shard = 0; shard < shards_; ++shard) prefill_pages_.push_back(pages_of(segment, shard));
+  };
+  for (const QuerySegment& segment : batch.prefill) whole(segment);
+  for (const QuerySegment& segment : batch.decode) {
+    if (context_parallel()) {
+      decode_pages_.push_back(pages_of(segment, o_.coord.kv_shard));
+    } else {
+      whole(segment);
+    }
+  }
+
+  size_t page = 0;
+  auto add = [&](const QuerySegment& segment) {
+    prefill_tasks_.push_back(
+        {.q = qkv_.as<float>() + segment.row0 * qkv_dim_,
+         .q_stride = qkv_dim_,
+         .out = attn_.as<float>() + segment.row0 * q_dim_,
+         .out_stride = q_dim_,
+         .rows = segment.rows,
+         .kv = std::span<const KvPages>(prefill_pages_).subspan(page, static_cast<size_t>(shards_))});
+    page += static_cast<size_t>(shards_);
+  };
+  for (const QuerySegment& segment : batch.prefill) add(segment);
+  if (!context_parallel()) {
+    for (const QuerySegment& segment : batch.decode) add(segment);
+    return;
+  }
+  const int64_t rows = batch.rows - batch.prefill_rows;
+  ReserveFloats(decode_q_, rows * dcp_ * q_dim_);
+  for (Buffer& part : decode_part_) ReserveFloats(part, rows * dcp_ * (q_dim_ + heads_));
+  for (size_t i = 0; i < batch.decode.size(); ++i) {
+    const QuerySegment& segment = batch.decode[i];
+    decode_tasks_.push_back({.q_stride = dcp_ * q_dim_,
+                             .out_stride = dcp_ * q_dim_,
+                             .lse_stride = dcp_ * heads_,
+                             .rows = segment.rows,
+                             .kv = std::span<const KvPages>(decode_pages_).subspan(i, 1)});
+  }
+}
+
+void Transformer::Attention(const ForwardBatch& batch, int64_t layer) {
+  const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+  float* q = qkv_.as<float>();
+  if (c_.qk_norm) {
+    // Per head: one head of all rows is a matrix of head_dim columns whose rows are qkv_dim_ apart.
+    for (int64_t head = 0; head < heads_ + kv_heads_; ++head) {
+      const float* weight = head < heads_ ? w.q_norm.data() : w.k_norm.data();
+      float* values = q + head * c_.head_dim;
+      k_.rms_norm(values, qkv_dim_, weight, c_.rms_norm_eps, values, qkv_dim_, rows_, c_.head_dim, pool_);
+    }
+  }
+  // q and k heads lie one behind the other.
+  k_.rope({.x = q,
+           .row_stride = qkv_dim_,
+           .head_stride = c_.head_dim,
+           .rows = rows_,
+           .heads = heads_ + kv_heads_,
+           .rotary_dim = c_.rotary_dim,
+           .positions = batch.positions.data(),
+           .cos_sin = o_.rope->data()},
+          pool_);
+  StoreKv(batch, layer);
+  PrefillAttention(batch, layer);
+  if (context_parallel() && batch.any_decode) DecodeAttention(batch, layer);
+}
+
+void Transformer::StoreKv(const ForwardBatch& batch, int64_t layer) {
+  const KvCacheShape& shape = o_.cache->shape();
+  auto store = [&](const float* qkv, const std::vector<int64_t>& slots) {
+    if (slots.empty()) return;
+    k_.kv_write({.k = qkv + q_dim_,
+                 .k_stride = qkv_dim_,
+                 .v = qkv + q_dim_ + kv_dim_,
+                 .v_stride = qkv_dim_,
+                 .slots = slots.data(),
+                 .rows = static_cast<int64_t>(slots.size()),
+                 .kv_heads = static_cast<int>(kv_heads_),
+                 .k_dim = static_cast<int>(c_.head_dim),
+                 .v_dim = static_cast<int>(c_.head_dim),
+                 .block_tokens = shape.block_tokens,
+                 .k_cache = o_.cache->k(layer),
+                 .v_cache = o_.cache->v(layer),
+                 .dtype = shape.dtype},
+                pool_);
+  };
+  const float* qkv = qkv_.as<float>();
+  // Every rank has the decode rows: their owner stores them, nothing has to be exchanged.
+  store(qkv + batch.prefill_rows * qkv_dim_, batch.decode_slots);
+  if (!batch.any_prefill) return;
+  if (o_.groups.pcp->size() > 1) {
+    std::vector<std::span<const float>> peers;
+    o_.groups.pcp->AllGather(std::span<const float>(qkv, static_cast<size_t>(batch.prefill_rows * qkv_dim_)), peers);
+    for (size_t peer = 0; peer < peers.size(); ++peer) store(peers[peer].data(), batch.prefill_slots[peer]);
+  } else {
+    store(qkv, batch.prefill_slots[0]);
+  }
+  // Prefill rows read all shards: their new keys must be there. And nobody reads this rank's qkv any more after it.
+  if (context_parallel()) o_.groups.cp->Barrier();
+}
+
+void Transformer::PrefillAttention(const ForwardBatch&, int64_t layer) {
+  if (prefill_tasks_.empty()) return;
+  for (size_t i = 0; i < prefill_pages_.size(); ++i) {
+    const KvCache& cache = *shard_caches_[i % static_cast<size_t>(shards_)];
+    prefill_pages_[i].k = cache.k(layer);
+    prefill_pages_[i].v = cache.v(layer);
+  }
+  k_.attention({.tasks = prefill_tasks_,
+                .q_heads = static_cast<int>(heads_),
+                .kv_heads = static_cast<int>(kv_heads_),
+                .k_dim = static_cast<int>(c_.head_dim),
+                .v_dim = static_cast<int>(c_.head_dim),
+                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c_.head_dim)))},
+               pool_);
+}
+
+// Each rank attends with the query heads of its whole DCP group to its own shard; the partial results are exchanged
+// over all shards, and each rank merges those of its own heads.
+void Transformer::DecodeAttention(const ForwardBatch& batch, int64_t layer) {
+  const int64_t rows = batch.rows - batch.prefill_rows;
+  const float* own_q = qkv_.as<float>() + batch.prefill_rows * qkv_dim_;
+  const int64_t group_dim = dcp_ * q_dim_;
+  const int64_t group_heads = dcp_ * heads_;
+  float* q = decode_q_.as<float>();
+  auto copy_q = [&](const float* from, int64_t member) {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(q + row * group_dim + member * q_dim_, from + row * qkv_dim_,
+                  static_cast<size_t>(q_dim_) * sizeof(float));
+    }
+  };
+  if (dcp_ > 1) {
+    std::vector<std::span<const float>> peers;
+    o_.groups.dcp->AllGather(std::span<const float>(own_q, static_cast<size_t>(rows * qkv_dim_)), peers);
+    for (size_t member = 0; member < peers.size(); ++member) {
+      copy_q(peers[member].data(), static_cast<int64_t>(member));
+    }
+  } else {
+    copy_q(own_q, 0);
+  }
+
+  float* out = decode_part_[decode_parity_].as<float>();  // [rows, group heads, head_dim], then [rows, group heads]
+  float* lse = out + rows * group_dim;
+  for (size_t i = 0; i < decode_tasks_.size(); ++i) {
+    const int64_t row = batch.decode[i].row0 - batch.prefill_rows;
+    decode_pages_[i].k = o_.cache->k(layer);
+    decode_pages_[i].v = o_.cache->v(layer);
+    decode_tasks_[i].q = q + row * group_dim;
+    decode_tasks_[i].out = out + row * group_dim;
+    decode_tasks_[i].lse = lse + row * group_heads;
+  }
+  k_.attention({.tasks = decode_tasks_,
+                .q_heads = static_cast<int>(group_heads),
+                .kv_heads = static_cast<int>(kv_heads_),
+                .k_dim = static_cast<int>(c_.head_dim),
+                .v_dim = static_cast<int>(c_.head_dim),
+                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c_.head_dim)))},
+               pool_);
+
+  std::vector<std::span<const float>> parts;
+  o_.groups.cp->AllGather(std::span<const float>(out, static_cast<size_t>(rows * (group_dim + group_heads))), parts);
+  std::vector<const float*> outs, lses;
+  for (const auto& part : parts) {
+    outs.push_back(part.data() + o_.coord.dcp * q_dim_);
+    lses.push_back(part.data() + rows * group_dim + o_.coord.dcp * heads_);
+  }
+  k_.merge({.out = outs,
+            .lse = lses,
+            .rows = rows,
+            .heads = heads_,
+            .dim = c_.head_dim,
+            .out_row_stride = group_dim,
+            .lse_row_stride = group_heads,
+            .merged = attn_.as<float>() + batch.prefill_rows * q_dim_,
+            .merged_row_stride = q_dim_},
+           pool_);
+  decode_parity_ ^= 1;
+}
+
+void Transformer::Logits(std::span<const int64_t> rows, float* logits) {
+  const int64_t hidden = c_.hidden_size;
+  const auto n = static_cast<int64_t>(rows.size());
+  if (n == 0) return;
+  ReserveFloats(logits_in_, n * hidden);
+  float* in = logits_in_.as<float>();
+  for (int64_t i = 0; i < n; ++i) {
+    std::memcpy(in + i * hidden, x_.as<float>() + rows[static_cast<size_t>(i)] * hidden,
+                static_cast<size_t>(hidden) * sizeof(float));
+  }
+  k_.rms_norm(in, hidden, w_.final_norm.data(), c_.rms_norm_eps, in, hidden, n, hidden, pool_);
+  Communicator& tp = *o_.groups.tp;
+  LinearArgs args{.x = in, .x_stride = hidden, .m = n, .w = &w_.lm_head, .y = logits, .y_stride = c_.vocab_size};
+  if (tp.size() == 1) {
+    k_.linear(args, pool_);
+    return;
+  }
+  const int64_t part = w_.vocab.size();
+  ReserveFloats(logits_part_, n * part);
+  args.y = logits_part_.as<float>();
+  args.y_stride = part;
+  k_.linear(args, pool_);
+  std::vector<std::span<const float>> parts;
+  tp.AllGather(std::span<const float>(args.y, static_cast<size_t>(n * part)), parts);
+  if (tp.rank() == 0) {
+    for (int member = 0; member < tp.size(); ++member) {
+      const Range vocab = SplitRange(c_.vocab_size, tp.size(), member);
+      for (int64_t i = 0; i < n; ++i) {
+        std::memcpy(logits + i * c_.vocab_size + vocab.begin,
+                    parts[static_cast<size_t>(member)].data() + i * vocab.size(),
+                    static_cast<size_t>(vocab.size()) * sizeof(float));
+      }
+    }
+  }
+  tp.Release();  // the next tile of rows overwrites logits_part_
+}
+
+}  // namespace weft

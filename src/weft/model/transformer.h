@@ -1,0 +1,112 @@
+#pragma once
+// The model graph of one rank: Llama, Qwen2 and Qwen3 dense families, driven by ModelConfig.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "weft/core/buffer.h"
+#include "weft/core/thread_pool.h"
+#include "weft/cp/grid.h"
+#include "weft/kernels/table.h"
+#include "weft/model/config.h"
+#include "weft/model/forward_batch.h"
+#include "weft/model/kv_cache.h"
+#include "weft/model/weights.h"
+#include "weft/parallel/communicator.h"
+
+namespace weft {
+
+// cos and sin of every position up to max_position, shared by all ranks: [positions, rotary_dim], cosines then sines.
+class RopeCache {
+ public:
+  RopeCache(const RopeConfig& rope, int64_t rotary_dim, int64_t max_position);
+  const float* data() const { return values_.as<float>(); }
+
+ private:
+  Buffer values_;
+};
+
+// The groups that one rank exchanges with; index in each as cp::RankCoord says.
+struct ForwardGroups {
+  Communicator* tp = nullptr;
+  Communicator* pcp = nullptr;
+  Communicator* dcp = nullptr;
+  Communicator* cp = nullptr;  // all KV shards of this rank's KV heads
+};
+
+// Memory that a step of this size needs besides weights and KV cache, for sizing the cache: bytes per rank.
+int64_t ActivationBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, int64_t rows);
+
+class Transformer {
+ public:
+  struct Options {
+    const ModelConfig* config = nullptr;
+    std::shared_ptr<const ModelWeights> weights;
+    std::shared_ptr<const RopeCache> rope;
+    KvCache* cache = nullptr;
+    cp::ParallelConfig parallel;
+    cp::RankCoord coord;
+    ForwardGroups groups;
+    const KernelTable* kernels = nullptr;
+    ThreadPool* pool = nullptr;
+  };
+  // Collective: every rank of the groups constructs its own at the same time.
+  explicit Transformer(Options options);
+
+  // Runs all layers; the residual stream of every row stays until the next call. Collective.
+  void Forward(const ForwardBatch& batch);
+
+  // Logits [rows.size(), vocab_size] of some rows of the last Forward. Collective over the TP group, with the same rows
+  // on all of it; complete on TP rank 0, whose `logits` alone is written (others may pass null).
+  void Logits(std::span<const int64_t> rows, float* logits);
+
+ private:
+  void Embed(const ForwardBatch& batch);
+  void PrepareAttention(const ForwardBatch& batch);
+  void Attention(const ForwardBatch& batch, int64_t layer);
+  void StoreKv(const ForwardBatch& batch, int64_t layer);
+  void PrefillAttention(const ForwardBatch& batch, int64_t layer);
+  void DecodeAttention(const ForwardBatch& batch, int64_t layer);
+  // x += the sum over the TP group of W y (+ bias); `w` is this rank's slice of the input features.
+  void RowParallel(const float* y, int64_t y_stride, const PackedWeights& w, const std::vector<float>& bias,
+                   int64_t row0, int64_t rows);
+  // x[row0 ...] += sum over the TP group of partial() rows.
+  void AddReduced(int64_t row0, int64_t rows);
+
+  float* Partial() { return partial_[parity_].as<float>(); }
+  void Toggle() { parity_ ^= 1; }
+  bool context_parallel() const { return shards_ > 1; }
+
+  Options o_;
+  const ModelConfig& c_;
+  const ModelWeights& w_;
+  const KernelTable& k_;
+  ThreadPool& pool_;
+  int64_t heads_;     // of this rank
+  int64_t kv_heads_;  // of this rank
+  int64_t q_dim_;     // heads_ * head_dim
+  int64_t kv_dim_;
+  int64_t qkv_dim_;
+  int32_t shards_;
+  int32_t dcp_;
+  std::vector<const KvCache*> shard_caches_;  // of the CP group, by shard (views of the peers' memory)
+
+  // Activations, [rows, ...]; grown on demand.
+  int64_t rows_ = 0;
+  Buffer x_, normed_, qkv_, attn_, gate_up_, act_;
+  // What peers read lies in one of two buffers by turns: when a rank comes to use the first one again, every peer has
+  // entered the collective in between and is done with it.
+  Buffer partial_[2], reduced_[2], decode_part_[2];
+  int parity_ = 0;
+  int decode_parity_ = 0;
+  Buffer decode_q_;
+  Buffer logits_in_, logits_part_;
+
+  // Of the current step, the same for all layers but for the cache pointers.
+  std::vector<KvPages> prefill_pages_, decode_pages_;
+  std::vector<AttentionTask> prefill_tasks_, decode_tasks_;
+};
+
+}  // namespace weft

@@ -1,0 +1,150 @@
+#include "weft/runner/executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <vector>
+
+#include "weft/core/error.h"
+#include "weft/core/log.h"
+#include "weft/kernels/table.h"
+#include "weft/model/transformer.h"
+#include "weft/parallel/groups.h"
+#include "weft/parallel/rank_threads.h"
+#include "weft/runner/model_runner.h"
+#include "weft/runner/request_table.h"
+
+namespace weft {
+namespace {
+
+KvCacheShape ShapeOf(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype, int64_t blocks) {
+  return {.dtype = kv_dtype,
+          .layers = config.num_layers,
+          .blocks = blocks,
+          .block_tokens = parallel.block_tokens,
+          .kv_heads = std::max<int64_t>(1, config.num_kv_heads / parallel.tensor_parallel),
+          .k_dim = config.head_dim,
+          .v_dim = config.head_dim};
+}
+
+class ThreadExecutor : public StepExecutor {
+ public:
+  ThreadExecutor(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint)
+      : options_(options),
+        config_(checkpoint->config()),
+        kernels_(KernelsByName(options.kernels)),
+        table_(options.seed),
+        num_blocks_(options.num_blocks) {
+    cp::Validate(options.parallel, {.heads = static_cast<int32_t>(config_.num_heads),
+                                    .kv_heads = static_cast<int32_t>(config_.num_kv_heads)});
+    WEFT_CHECK(options.parallel.data_parallel == 1, "one executor is one replica");
+    if (num_blocks_ == 0) {
+      const int64_t block_bytes = VirtualBlockBytes(config_, options.parallel, options.kv_dtype);
+      num_blocks_ = options.kv_cache_bytes / block_bytes;
+      if (num_blocks_ < 1) {
+        Throw("--kv-cache-memory {}: one block of KV cache over all ranks takes {} bytes", options.kv_cache_bytes,
+              block_bytes);
+      }
+    }
+    WEFT_CHECK(num_blocks_ >= 1 && num_blocks_ <= INT32_MAX);
+
+    const int world = options.parallel.WorldSize();
+    const std::vector<int> cpus = AllowedCpus();
+    threads_per_rank_ =
+        options.threads_per_rank > 0 ? options.threads_per_rank : std::max(1, static_cast<int>(cpus.size()) / world);
+    LoadAllWeights(*checkpoint, std::max<int>(1, static_cast<int>(cpus.size())));
+    const int64_t positions = options.max_model_len > 0 ? options.max_model_len : config_.max_position_embeddings;
+    rope_ = std::make_shared<RopeCache>(config_.rope, config_.rotary_dim, positions);
+
+    groups_ = MakeThreadGroups(options.parallel);
+    ranks_.resize(static_cast<size_t>(world));
+    threads_ = std::make_unique<RankThreads>(world, [this] { AbortAll(groups_); });
+    // On its own thread, so that a rank's memory is touched first, and its pool pinned, where it runs.
+    const bool pin = static_cast<size_t>(world * threads_per_rank_) <= cpus.size();
+    threads_->RunOnAll([&](int rank) { MakeRank(rank, pin ? cpus : std::vector<int>{}); });
+    spdlog::info("{} rank{} x {} thread{}{}, kernels {} ({}), {} virtual blocks of {} tokens", world,
+                 world == 1 ? "" : "s", threads_per_rank_, threads_per_rank_ == 1 ? "" : "s", pin ? ", pinned" : "",
+                 kernels_.name, kernels_.target, num_blocks_,
+                 options.parallel.block_tokens * options.parallel.KvShards());
+  }
+
+  ~ThreadExecutor() override {
+    // Ranks are torn down where they were made.
+    if (threads_) threads_->RunOnAll([this](int rank) { ranks_[static_cast<size_t>(rank)].reset(); });
+  }
+
+  StepOutput Execute(const StepPlan& plan) override {
+    table_.Apply(plan);
+    if (plan.requests.empty()) return {};
+    std::vector<std::vector<RowOutput>> outputs(ranks_.size());
+    threads_->RunOnAll([&](int rank) {
+      outputs[static_cast<size_t>(rank)] = ranks_[static_cast<size_t>(rank)]->runner->Step(plan, table_);
+    });
+    return MergeOutputs(plan, std::move(outputs));
+  }
+
+  int64_t num_blocks() const override { return num_blocks_; }
+
+ private:
+  struct Rank {
+    std::unique_ptr<ThreadPool> pool;
+    std::unique_ptr<KvCache> cache;
+    std::unique_ptr<ModelRunner> runner;
+  };
+
+  void LoadAllWeights(const Checkpoint& checkpoint, int threads) {
+    ThreadPool pool(threads);
+    const int tp = options_.parallel.tensor_parallel;
+    for (int i = 0; i < tp; ++i) {
+      weights_.push_back(LoadWeights(checkpoint, tp, i, options_.dtype, kernels_, pool, [](int64_t) {}));
+    }
+  }
+
+  void MakeRank(int index, const std::vector<int>& cpus) {
+    auto rank = std::make_unique<Rank>();
+    RankGroups& groups = groups_[static_cast<size_t>(index)];
+    std::vector<int> mine;
+    if (!cpus.empty()) {
+      const auto first = cpus.begin() + index * threads_per_rank_;
+      mine.assign(first, first + threads_per_rank_);
+    }
+    rank->pool = std::make_unique<ThreadPool>(threads_per_rank_, mine);
+    rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
+    rank->runner = std::make_unique<ModelRunner>(
+        Transformer::Options{.config = &config_,
+                             .weights = weights_[static_cast<size_t>(groups.coord.tp)],
+                             .rope = rope_,
+                             .cache = rank->cache.get(),
+                             .parallel = options_.parallel,
+                             .coord = groups.coord,
+                             .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get()},
+                             .kernels = &kernels_,
+                             .pool = rank->pool.get()});
+    ranks_[static_cast<size_t>(index)] = std::move(rank);
+  }
+
+  ExecutorOptions options_;
+  ModelConfig config_;
+  const KernelTable& kernels_;
+  RequestTable table_;
+  int64_t num_blocks_;
+  int threads_per_rank_ = 1;
+  std::vector<std::shared_ptr<const ModelWeights>> weights_;  // by TP index
+  std::shared_ptr<const RopeCache> rope_;
+  std::vector<RankGroups> groups_;
+  std::vector<std::unique_ptr<Rank>> ranks_;
+  std::unique_ptr<RankThreads> threads_;
+};
+
+}  // namespace
+
+int64_t VirtualBlockBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype) {
+  return ShapeOf(config, parallel, kv_dtype, 1).block_bytes() * parallel.WorldSize() / parallel.data_parallel;
+}
+
+std::unique_ptr<StepExecutor> MakeThreadExecutor(const ExecutorOptions& options,
+                                                 std::shared_ptr<const Checkpoint> checkpoint) {
+  return std::make_unique<ThreadExecutor>(options, std::move(checkpoint));
+}
+
+}  // namespace weft

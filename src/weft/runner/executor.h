@@ -1,0 +1,38 @@
+#pragma once
+// Runs steps on ranks that are threads of this process.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "weft/core/dtype.h"
+#include "weft/cp/grid.h"
+#include "weft/model/checkpoint.h"
+#include "weft/runner/step_plan.h"
+
+namespace weft {
+
+struct ExecutorOptions {
+  cp::ParallelConfig parallel;
+  DType dtype = DType::kBF16;     // weights: kBF16 or kF32
+  DType kv_dtype = DType::kBF16;  // kBF16 or kF32
+  std::string kernels = "auto";   // "auto", "cpu", "ref"
+  int32_t threads_per_rank = 0;   // 0: the CPUs of this process divided by the ranks, at least 1
+  // Size of the KV cache: virtual blocks if not 0, else bytes for all ranks together.
+  int64_t num_blocks = 0;
+  int64_t kv_cache_bytes = 0;
+  int64_t max_model_len = 0;  // positions that rope is prepared for; 0: the model's
+  uint64_t seed = 0;
+  bool progress = true;  // show how the weights are loaded
+};
+
+// Bytes of KV cache, over all ranks, that one virtual block takes.
+int64_t VirtualBlockBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype);
+
+// Loads the weights, makes the ranks and their KV caches. Throws weft::Error: an illegal layout, a missing tensor, too
+// little memory for a single block.
+std::unique_ptr<StepExecutor> MakeThreadExecutor(const ExecutorOptions& options,
+                                                 std::shared_ptr<const Checkpoint> checkpoint);
+
+}  // namespace weft

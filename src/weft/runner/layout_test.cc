@@ -1,0 +1,265 @@
+// Every layout gives what one rank gives: the logits of every token of every request within 1e-4, the greedy tokens
+// alike. The oracle is the same request alone on one rank, its prompt in one step.
+
+#include <gtest/gtest.h>
+
+#include "weft/core/error.h"
+#include "weft/runner/test_support.h"
+
+namespace weft {
+namespace {
+
+using testing::DrivenRequest;
+using testing::DrivenResult;
+using testing::DriveOptions;
+using testing::SmallModel;
+
+constexpr double kTolerance = 1e-4;
+constexpr int32_t kBlock = 8;
+
+std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::ParallelConfig& parallel, uint64_t seed,
+                                           int64_t tokens) {
+  ExecutorOptions options;
+  options.parallel = parallel;
+  options.dtype = DType::kF32;
+  options.kv_dtype = DType::kF32;
+  options.threads_per_rank = 1;
+  options.num_blocks = tokens / (int64_t{parallel.block_tokens} * parallel.KvShards()) + 16;
+  options.progress = false;
+  return MakeThreadExecutor(options, testing::RandomCheckpoint(testing::SmallConfig(model), seed));
+}
+
+std::string Name(const cp::ParallelConfig& p) {
+  return fmt::format("tp{}_pcp{}_dcp{}_i{}_b{}", p.tensor_parallel, p.prefill_context_parallel,
+                     p.decode_context_parallel, p.kv_interleave, p.block_tokens);
+}
+
+// Requests, and what one rank makes of each of them alone.
+class Oracle {
+ public:
+  Oracle(const SmallModel& model, uint64_t seed, std::mt19937_64& rng) : model_(model), seed_(seed), rng_(rng) {
+    executor_ = MakeExecutor(model, one_, seed, 8192);
+  }
+
+  void Add(int64_t prompt_tokens, int64_t output_tokens) {
+    DrivenRequest request;
+    std::uniform_int_distribution<int32_t> token(0, 130);
+    for (int64_t i = 0; i < prompt_tokens; ++i) request.prompt.push_back(token(rng_));
+    request.forced_output = testing::GreedyOutput(*executor_, one_, request.prompt, output_tokens);
+    expected_.push_back(testing::Drive(*executor_, one_, {request}, {}, rng_)[0]);
+    EXPECT_EQ(expected_.back().sampled, request.forced_output);
+    requests_.push_back(std::move(request));
+  }
+
+  void Check(StepExecutor& executor, const cp::ParallelConfig& parallel, const DriveOptions& options) {
+    SCOPED_TRACE(Name(parallel));
+    const std::vector<DrivenResult> got = testing::Drive(executor, parallel, requests_, options, rng_);
+    for (size_t i = 0; i < got.size(); ++i) {
+      ASSERT_EQ(got[i].logits.size(), expected_[i].logits.size());
+      double worst = 0;
+      int64_t at = 0;
+      for (const auto& [position, logits] : expected_[i].logits) {
+        const double error = testing::RelativeError(got[i].logits.at(position), logits);
+        if (!(error <= worst)) {
+          worst = error;
+          at = position;
+        }
+      }
+      ASSERT_LE(worst, kTolerance) << "request " << i << " of " << requests_[i].prompt.size() << " tokens at " << at;
+      for (size_t k = 0; k < got[i].sampled.size(); ++k) {
+        const auto position = static_cast<int64_t>(requests_[i].prompt.size() + k) - 1;
+        // Only a tie that the tolerance cannot tell apart may go the other way.
+        if (testing::TopMargin(expected_[i].logits.at(position)) < 1e-3) continue;
+        ASSERT_EQ(got[i].sampled[k], requests_[i].forced_output[k]) << "request " << i << ", output " << k;
+      }
+    }
+  }
+
+  void Check(const cp::ParallelConfig& parallel, const DriveOptions& options) {
+    int64_t tokens = 0;
+    for (const auto& request : requests_) {
+      tokens += static_cast<int64_t>(request.prompt.size() + request.forced_output.size());
+      tokens += int64_t{parallel.block_tokens} * parallel.KvShards();
+    }
+    Check(*MakeExecutor(model_, parallel, seed_, tokens), parallel, options);
+  }
+
+ private:
+  SmallModel model_;
+  uint64_t seed_;
+  std::mt19937_64& rng_;
+  cp::ParallelConfig one_{.block_tokens = kBlock};
+  std::unique_ptr<StepExecutor> executor_;
+  std::vector<DrivenRequest> requests_;
+  std::vector<DrivenResult> expected_;
+};
+
+// Every legal (TP, PCP, DCP, interleave) of at most `max_ranks` ranks.
+std::vector<cp::ParallelConfig> LegalLayouts(const SmallModel& model, int max_ranks, int32_t block = kBlock) {
+  std::vector<cp::ParallelConfig> layouts;
+  for (int32_t tp = 1; tp <= max_ranks; ++tp) {
+    for (int32_t pcp = 1; tp * pcp <= max_ranks; ++pcp) {
+      for (int32_t dcp = 1; dcp <= tp; ++dcp) {
+        for (int32_t interleave = 1; interleave <= block; ++interleave) {
+          const cp::ParallelConfig layout{.prefill_context_parallel = pcp,
+                                          .decode_context_parallel = dcp,
+                                          .tensor_parallel = tp,
+                                          .kv_interleave = interleave,
+                                          .block_tokens = block};
+          try {
+            cp::Validate(
+                layout, {.heads = static_cast<int32_t>(model.heads), .kv_heads = static_cast<int32_t>(model.kv_heads)});
+          } catch (const Error&) {
+            continue;
+          }
+          // The interleave does nothing on one shard.
+          if (layout.KvShards() == 1 && interleave > 1) continue;
+          layouts.push_back(layout);
+        }
+      }
+    }
+  }
+  return layouts;
+}
+
+class Layouts : public ::testing::TestWithParam<SmallModel> {};
+
+TEST_P(Layouts, AllUpToEightRanksOnMixedChunkedTraffic) {
+  const uint64_t seed = testing::FreshSeed();
+  std::mt19937_64 rng(seed);
+  Oracle oracle(GetParam(), seed, rng);
+  for (const int64_t n : {1, 3, 17, 70, 131}) oracle.Add(n, 4);
+  const auto layouts = LegalLayouts(GetParam(), 8);
+  EXPECT_GT(layouts.size(), 20u);
+  for (const auto& layout : layouts) {
+    oracle.Check(layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05});
+    oracle.Check(layout, {});
+    if (HasFatalFailure()) return;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Layouts,
+                         ::testing::Values(SmallModel{.heads = 8, .kv_heads = 1, .qk_norm = true},
+                                           SmallModel{.heads = 8, .kv_heads = 2, .bias = true},
+                                           SmallModel{.heads = 8, .kv_heads = 8, .tied = true},
+                                           SmallModel{.heads = 6, .kv_heads = 3, .qk_norm = true, .tied = true}));
+
+// The cases of docs/context_parallel.md, one by one, on the layouts that have every kind of group.
+class Cases : public ::testing::Test {
+ protected:
+  uint64_t seed_ = testing::FreshSeed();
+  std::mt19937_64 rng_{seed_};
+  SmallModel model_{.heads = 8, .kv_heads = 2};
+  Oracle oracle_{model_, seed_, rng_};
+
+  static cp::ParallelConfig Layout(int32_t tp, int32_t pcp, int32_t dcp, int32_t interleave = 1) {
+    return {.prefill_context_parallel = pcp,
+            .decode_context_parallel = dcp,
+            .tensor_parallel = tp,
+            .kv_interleave = interleave,
+            .block_tokens = kBlock};
+  }
+  void CheckAll(const DriveOptions& options) {
+    for (const auto& layout : {Layout(1, 2, 1), Layout(1, 4, 1, 2), Layout(4, 1, 2), Layout(4, 2, 2, 8),
+                               Layout(8, 1, 4, 4), Layout(2, 3, 1, 2)}) {
+      oracle_.Check(layout, options);
+      if (HasFatalFailure()) return;
+    }
+  }
+};
+
+TEST_F(Cases, OneTokenPromptAndPromptsShorterThanTheChunks) {
+  for (const int64_t n : {1, 2, 3, 5, 7}) oracle_.Add(n, 6);
+  CheckAll({});
+}
+
+TEST_F(Cases, PromptsThatTheChunksDoNotDivide) {
+  for (const int64_t n : {9, 13, 31, 33, 127}) oracle_.Add(n, 2);
+  CheckAll({});
+}
+
+TEST_F(Cases, PrefillAndDecodeRowsOfSeveralRequestsInOneStep) {
+  for (const int64_t n : {4, 90, 40, 1, 65}) oracle_.Add(n, 12);
+  CheckAll({.max_chunk = 24, .mixed = true});
+}
+
+TEST_F(Cases, PrefillChunkAsShortAsADecodeRow) {
+  for (const int64_t n : {6, 11}) oracle_.Add(n, 3);
+  CheckAll({.max_chunk = 1});
+  CheckAll({.max_chunk = 2, .mixed = true});
+}
+
+TEST_F(Cases, ShardsWithoutTokensAndRanksWithoutQueries) {
+  oracle_.Add(1, 3);
+  oracle_.Add(2, 2);
+  oracle_.Check(Layout(1, 8, 1, 8), {});
+  oracle_.Check(Layout(8, 1, 4, 8), {});
+  oracle_.Check(Layout(4, 2, 2, 8), {.max_chunk = 1, .mixed = true});
+}
+
+TEST_F(Cases, CachedContextBesideNone) {
+  oracle_.Add(100, 3);
+  oracle_.Add(20, 3);
+  CheckAll({.max_chunk = 64, .mixed = true});
+}
+
+TEST_F(Cases, EveryInterleave) {
+  oracle_.Add(77, 4);
+  for (const int32_t interleave : {1, 2, 4, 8}) {
+    oracle_.Check(Layout(4, 2, 2, interleave), {.max_chunk = 30});
+    oracle_.Check(Layout(1, 3, 1, interleave), {});
+  }
+}
+
+TEST_F(Cases, LengthsAroundTheEdges) {
+  // Of a block (8), of a virtual block of 2, 3 and 4 shards, of an interleave.
+  for (const int64_t edge : {2, 8, 16, 24, 32}) {
+    for (const int64_t n : {edge - 1, edge, edge + 1}) oracle_.Add(n, 2);
+  }
+  CheckAll({});
+  CheckAll({.max_chunk = 8});
+}
+
+TEST_F(Cases, MoreRanksThanKvHeadsWithDcp) {
+  oracle_.Add(50, 8);
+  oracle_.Check(Layout(4, 1, 2), {});
+  oracle_.Check(Layout(8, 1, 2, 2), {});
+  oracle_.Check(Layout(8, 1, 4, 8), {.max_chunk = 16});
+}
+
+TEST_F(Cases, NothingStaleFromEarlierRequestsInTheSameBlocks) {
+  oracle_.Add(60, 4);
+  oracle_.Add(7, 4);
+  for (const auto& layout : {Layout(1, 2, 1), Layout(4, 2, 2, 4)}) {
+    const auto executor = MakeExecutor(model_, layout, seed_, 128);
+    for (int round = 0; round < 6; ++round) oracle_.Check(*executor, layout, {.max_chunk = 30, .mixed = true});
+  }
+}
+
+TEST_F(Cases, PreemptionAndRecomputation) {
+  for (const int64_t n : {5, 48, 90}) oracle_.Add(n, 10);
+  CheckAll({.max_chunk = 33, .mixed = true, .preempt = 0.25});
+}
+
+TEST_F(Cases, ThousandsOfTokens) {
+  oracle_.Add(2300, 3);
+  oracle_.Add(1025, 3);
+  oracle_.Check(Layout(1, 2, 1), {.max_chunk = 700, .mixed = true});
+  oracle_.Check(Layout(4, 2, 2, 4), {.max_chunk = 900});
+}
+
+TEST(IllegalLayouts, AreRefusedWithFlagValueAndRule) {
+  for (const auto& [tp, dcp, flag] :
+       {std::tuple{3, 1, "tensor-parallel-size"}, {4, 3, "decode-context-parallel-size"}}) {
+    try {
+      MakeExecutor({.heads = 8, .kv_heads = 2}, {.decode_context_parallel = dcp, .tensor_parallel = tp}, 1, 100);
+      FAIL();
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(flag), std::string::npos) << e.what();
+      EXPECT_NE(std::string(e.what()).find(std::to_string(tp)), std::string::npos) << e.what();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace weft

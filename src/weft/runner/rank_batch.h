@@ -1,0 +1,35 @@
+#pragma once
+// One rank's part of a global step.
+
+#include <cstdint>
+#include <vector>
+
+#include "weft/cp/grid.h"
+#include "weft/cp/layout.h"
+#include "weft/model/forward_batch.h"
+#include "weft/runner/request_table.h"
+#include "weft/runner/step_plan.h"
+
+namespace weft {
+
+// A row of the batch whose logits somebody wants.
+struct LogitsRow {
+  int64_t row = 0;
+  size_t request = 0;  // index into StepPlan::requests
+  int64_t position = 0;
+  bool sample = false;          // choose the request's next token here
+  bool prompt_logprob = false;  // report the log-probability of the prompt token at position + 1
+};
+
+struct RankBatch {
+  ForwardBatch forward;
+  // The same on all TP ranks of a PCP rank; a decode row is looked at by PCP rank 0 alone. In order of the rows.
+  std::vector<LogitsRow> logits;
+};
+
+// Pure: every rank derives its own part, and what it must know of its peers', from the plan (after
+// `table.Apply(plan)`). The block tables in the result are views of `table`'s.
+RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const cp::ParallelConfig& parallel,
+                        const cp::RankCoord& coord);
+
+}  // namespace weft

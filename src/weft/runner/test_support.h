@@ -1,0 +1,69 @@
+#pragma once
+// For the tests of this folder: a checkpoint of random weights without files, and a driver that takes requests through
+// an executor in random steps.
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "weft/cp/grid.h"
+#include "weft/model/checkpoint.h"
+#include "weft/runner/executor.h"
+#include "weft/runner/step_plan.h"
+
+namespace weft::testing {
+
+// A seed that differs from run to run, printed so that a failure can be made again: WEFT_TEST_SEED=n sets it.
+uint64_t FreshSeed();
+
+// Every element is a function of (seed, tensor, index).
+std::shared_ptr<const Checkpoint> RandomCheckpoint(const ModelConfig& config, uint64_t seed);
+
+struct SmallModel {
+  int64_t heads = 8;
+  int64_t kv_heads = 2;
+  bool qk_norm = false;
+  bool bias = false;
+  bool tied = false;
+};
+// Odd sizes: a vocabulary and a width of the MLP that nothing divides.
+ModelConfig SmallConfig(const SmallModel& model);
+
+struct DrivenRequest {
+  std::vector<int32_t> prompt;
+  // The output that is fed back whatever the executor chooses, so that runs can be compared step by step. Its last
+  // token is not run.
+  std::vector<int32_t> forced_output;
+};
+
+struct DriveOptions {
+  // 0: a request's known tokens all in one step; else random pieces of up to so many.
+  int64_t max_chunk = 0;
+  // Requests take part in a step at random, and start at random.
+  bool mixed = false;
+  double preempt = 0.0;  // chance of a request to lose its blocks before a step
+};
+
+struct DrivenResult {
+  std::map<int64_t, std::vector<float>> logits;  // by position; the last computation of a position counts
+  std::vector<int32_t> sampled;                  // greedy, one per output position
+};
+
+// Runs the requests to their end. Blocks are given out in random order and come back in random order.
+std::vector<DrivenResult> Drive(StepExecutor& executor, const cp::ParallelConfig& parallel,
+                                const std::vector<DrivenRequest>& requests, const DriveOptions& options,
+                                std::mt19937_64& rng);
+
+// The request alone, free-running: its greedy output of `tokens` tokens.
+std::vector<int32_t> GreedyOutput(StepExecutor& executor, const cp::ParallelConfig& parallel,
+                                  const std::vector<int32_t>& prompt, int64_t tokens);
+
+// ||a - b|| / ||b||
+double RelativeError(const std::vector<float>& a, const std::vector<float>& b);
+// The distance of the two largest.
+double TopMargin(const std::vector<float>& logits);
+
+}  // namespace weft::testing

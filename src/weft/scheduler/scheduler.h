@@ -1,0 +1,147 @@
+#pragma once
+// Continuous batching: decides which tokens of which requests run in the next step, and gives them KV blocks. Knows
+// tokens and virtual blocks, no ranks, no text and no clock of its own. Plans depend on the calls made and on nothing
+// else. For one thread.
+//
+// Each step: first every decoding request gets its one token, so that a long prompt never holds up the others' streams;
+// then running prompts go on, then waiting requests are admitted, while the budget of tokens lasts. All three go by
+// (priority, arrival), and nobody overtakes at admission. A request is admitted only with blocks for all of its known
+// tokens, so that a prompt once begun can be finished. When a decoding request finds no block, the running request of
+// least priority that arrived last is preempted: it gives its blocks back, keeps its tokens, and computes them again.
+// The best request can thus always have the blocks it needs, so that every request gets done.
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "weft/api/request.h"
+#include "weft/api/sampling_params.h"
+#include "weft/core/error.h"
+#include "weft/cp/layout.h"
+#include "weft/kv/kv_manager.h"
+#include "weft/runner/step_plan.h"
+
+namespace weft {
+
+struct SchedulerConfig {
+  int64_t max_model_len = 0;              // --max-model-len: prompt and output together
+  int64_t max_num_batched_tokens = 2048;  // --max-num-batched-tokens: tokens run in one step
+  int64_t max_num_seqs = 256;             // --max-num-seqs: requests running at once
+  // --enable-chunked-prefill. Off: the known tokens of a request are run in one step or not yet.
+  bool chunked_prefill = true;
+};
+
+// Throws weft::Error naming the flag, the value and the rule.
+void Validate(const SchedulerConfig& config);
+
+struct SchedulerStats {
+  int64_t running = 0;
+  int64_t waiting = 0;        // preempted ones included
+  uint64_t preemptions = 0;   // so far
+  double kv_cache_usage = 0;  // share of the blocks in use, 0 .. 1
+  std::vector<int64_t> kv_tokens_per_shard;
+};
+
+class Scheduler {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // What may be read of a live request.
+  struct Request {
+    RequestHandle handle = 0;
+    int32_t priority = 0;
+    SamplingParams params;
+    std::vector<int32_t> tokens;  // the prompt's and the sampled ones
+    int64_t prompt_tokens = 0;
+    int64_t computed = 0;  // tokens whose KV is in the cache
+    int32_t preemptions = 0;
+    bool running = false;
+    Clock::time_point arrived;
+    std::optional<Clock::time_point> admitted;  // first time, if yet
+
+    int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
+    int64_t output_tokens() const { return num_tokens() - prompt_tokens; }
+  };
+
+  // `num_blocks`: virtual blocks (StepExecutor::num_blocks). Validates the config.
+  Scheduler(const SchedulerConfig& config, const cp::KvLayout& layout, int64_t num_blocks);
+
+  // Puts a request into the queue, or says why it can never be served (kInvalidArgument with `param`): no token at all,
+  // too long for the model, or for the whole KV cache at its greatest length. Of `request`, the id is not used.
+  Result<RequestHandle> Add(EngineRequest request, Clock::time_point now = Clock::now());
+
+  // Forgets a request in any state, also between Plan and Update, and frees its blocks; whether there was one.
+  bool Finish(RequestHandle handle);
+
+  // Whether a request is waiting or running. If so, the next plan has at least one row.
+  bool HasRequests() const { return !requests_.empty(); }
+
+  // The next step. It is to be executed and given to Update before the next one is planned.
+  StepPlan Plan(Clock::time_point now = Clock::now());
+
+  // Takes in what the step gave, and returns the rows that concern live requests: at most one each, with the token (it
+  // is in the request's tokens by now), its log-probabilities, those of prompt tokens (each position once, preemption
+  // or not), or an error; a request with an error is gone by now. The caller ends requests with Finish before the next
+  // Plan: at params.max_tokens and max_model_len at the latest (CheckStop).
+  std::vector<RowOutput> Update(const StepPlan& plan, StepOutput output);
+
+  // Null when there is no such request. Valid as long as the request lives.
+  const Request* Find(RequestHandle handle) const;
+
+  SchedulerStats Stats() const;
+  // The longest sequence that the KV cache can hold.
+  int64_t CapacityTokens() const { return kv_.CapacityTokens(); }
+
+ private:
+  struct Entry : Request {
+    BlockTable table;
+    // The ranks were told of this request, its first `told_tokens` tokens and its first `told_blocks` blocks.
+    bool told = false;
+    int64_t told_tokens = 0;
+    size_t told_blocks = 0;
+    // All tokens that were known when it was (last) admitted: until they are computed it is in prefill.
+    int64_t prefill_until = 0;
+    int64_t planned = 0;        // tokens in the plan being made or executed
+    bool awaits_token = false;  // the plan being executed samples for it
+    int64_t next_logprob = 0;   // first prompt position whose log-probabilities have not been handed out
+
+    bool in_prefill() const { return computed < prefill_until; }
+  };
+  struct Before {
+    bool operator()(const Entry* a, const Entry* b) const {
+      return a->priority != b->priority ? a->priority < b->priority : a->handle < b->handle;
+    }
+  };
+  // By (priority, arrival): handles are given in the order of arrival.
+  using Queue = std::set<Entry*, Before>;
+
+  void PlanDecodes(int64_t& budget);
+  void PlanPrefills(int64_t& budget);
+  void Admit(int64_t& budget, Clock::time_point now, StepPlan& plan);
+  // Frees blocks until `entry` has room for its newest token; false when it had to go itself.
+  bool MakeRoom(Entry& entry);
+  void Preempt(Entry& entry);
+  // The row of the plan, with all that the ranks do not know yet.
+  RequestStep Tell(Entry& entry);
+  // Keeps of `row` what is new and meant for the caller, and appends its token.
+  void TakeIn(Entry& entry, RowOutput& row);
+  Entry* FindEntry(RequestHandle handle);
+
+  SchedulerConfig config_;
+  KvManager kv_;
+  std::unordered_map<RequestHandle, std::unique_ptr<Entry>> requests_;
+  Queue waiting_;
+  Queue running_;
+  std::vector<RequestHandle> released_;  // to be told with the next plan
+  RequestHandle next_handle_ = 1;
+  uint64_t next_step_ = 0;
+  bool executing_ = false;  // between Plan and Update
+  uint64_t preemptions_ = 0;
+};
+
+}  // namespace weft

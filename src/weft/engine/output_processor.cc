@@ -1,27 +1,19 @@
 #include "weft/engine/output_processor.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "weft/core/error.h"
+#include "weft/scheduler/stop.h"
 
 namespace weft {
-namespace {
-
-bool Contains(const std::vector<int32_t>& ids, int32_t id) {
-  return std::find(ids.begin(), ids.end(), id) != ids.end();
-}
-
-}  // namespace
-
-OutputProcessor::OutputProcessor(std::string id, SamplingParams params, int64_t prompt_tokens, int64_t max_total_tokens,
+OutputProcessor::OutputProcessor(std::string id, SamplingParams params, int64_t prompt_tokens, int64_t max_model_len,
                                  std::unique_ptr<TokenStream> stream)
     : id_(std::move(id)),
       params_(std::move(params)),
       prompt_tokens_(prompt_tokens),
-      max_completion_tokens_(std::min<int64_t>(params_.max_tokens, max_total_tokens - prompt_tokens)),
+      max_model_len_(max_model_len),
       stream_(std::move(stream)) {
   WEFT_CHECK(params_.stop.empty() || stream_ != nullptr);
-  WEFT_CHECK(max_completion_tokens_ >= 1);
   if (!params_.stop.empty()) matcher_.emplace(params_.stop);
   if (params_.prompt_logprobs) prompt_logprobs_.emplace(static_cast<size_t>(prompt_tokens));
 }
@@ -43,21 +35,6 @@ void OutputProcessor::KeepPromptLogprobs(int64_t first, std::vector<PositionLogp
     if (position < 1 || position >= prompt_tokens_) continue;
     (*prompt_logprobs_)[static_cast<size_t>(position)] = std::move(values[i]);
   }
-}
-
-void OutputProcessor::CheckToken(int32_t token, RequestOutput& output) const {
-  if (completion_tokens_ >= params_.min_tokens) {
-    if (!params_.ignore_eos && Contains(params_.eos_token_ids, token)) {
-      output.finish_reason = FinishReason::kStop;
-      return;
-    }
-    if (Contains(params_.stop_token_ids, token)) {
-      output.finish_reason = FinishReason::kStop;
-      output.stop_reason = token;
-      return;
-    }
-  }
-  if (completion_tokens_ >= max_completion_tokens_) output.finish_reason = FinishReason::kLength;
 }
 
 void OutputProcessor::AddText(const std::string& text, RequestOutput& output) {
@@ -86,7 +63,11 @@ std::optional<RequestOutput> OutputProcessor::Process(RowOutput&& row) {
   output.token_ids = {token};
   if (params_.logprobs && row.logprobs) output.logprobs.push_back(std::move(*row.logprobs));
   if (prompt_logprobs_) output.prompt_logprobs = std::exchange(prompt_logprobs_, std::nullopt);
-  CheckToken(token, output);
+  const auto stop = CheckStop(params_, token, completion_tokens_, prompt_tokens_ + completion_tokens_, max_model_len_);
+  if (stop) {
+    output.finish_reason = stop->reason;
+    if (stop->stop_token_id) output.stop_reason = *stop->stop_token_id;
+  }
   const bool hidden = output.finish_reason == FinishReason::kStop && !params_.include_stop_str_in_output;
   if (stream_ != nullptr && !hidden) AddText(stream_->Push(token), output);
   if (stream_ != nullptr && output.finish_reason) AddText(stream_->Flush(), output);

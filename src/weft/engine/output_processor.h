@@ -21,9 +21,8 @@ namespace weft {
 // does not count when it ends within the first min_tokens tokens.
 class OutputProcessor {
  public:
-  // `stream` may be null: no text then (the request must not have stop strings). `max_total_tokens`: prompt and output
-  // together (max_model_len).
-  OutputProcessor(std::string id, SamplingParams params, int64_t prompt_tokens, int64_t max_total_tokens,
+  // `stream` may be null: no text then (the request must not have stop strings).
+  OutputProcessor(std::string id, SamplingParams params, int64_t prompt_tokens, int64_t max_model_len,
                   std::unique_ptr<TokenStream> stream);
 
   // What a step gave for this request: an output when there is one (a chunk of a prompt gives none). It has a
@@ -43,15 +42,13 @@ class OutputProcessor {
  private:
   RequestOutput Make();
   void KeepPromptLogprobs(int64_t first, std::vector<PositionLogprobs>&& values);
-  // Decides whether `token`, the newest one, ends the request.
-  void CheckToken(int32_t token, RequestOutput& output) const;
   // Takes new text; cuts it and sets the finish when a stop string is complete.
   void AddText(const std::string& text, RequestOutput& output);
 
   std::string id_;
   SamplingParams params_;
   int64_t prompt_tokens_;
-  int64_t max_completion_tokens_;
+  int64_t max_model_len_;
   std::unique_ptr<TokenStream> stream_;
   std::optional<StopMatcher> matcher_;
   std::string held_;  // not given out yet: may be the beginning of a stop string

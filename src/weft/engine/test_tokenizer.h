@@ -17,6 +17,11 @@ class PieceVocabulary {
     if (fresh) pieces_.push_back(piece);
     return at->second;
   }
+  int32_t Find(const std::string& piece) const {
+    const auto found = ids_.find(piece);
+    return found == ids_.end() ? -1 : found->second;
+  }
+  int32_t size() const { return static_cast<int32_t>(pieces_.size()); }
   // Empty for ids that are not in it.
   std::string Piece(int32_t id) const {
     return id >= 0 && static_cast<size_t>(id) < pieces_.size() ? pieces_[static_cast<size_t>(id)] : std::string();
@@ -30,9 +35,11 @@ class PieceVocabulary {
 // Assumes that the pieces together are well-formed UTF-8.
 class PieceStream : public TokenStream {
  public:
-  explicit PieceStream(const PieceVocabulary* vocabulary) : vocabulary_(vocabulary) {}
+  explicit PieceStream(const PieceVocabulary* vocabulary, int32_t throws_on = -1)
+      : vocabulary_(vocabulary), throws_on_(throws_on) {}
 
   std::string Push(int32_t token) override {
+    if (token == throws_on_) Throw("token {} cannot be decoded", token);
     bytes_ += vocabulary_->Piece(token);
     size_t whole = 0;
     while (whole < bytes_.size()) {
@@ -53,7 +60,43 @@ class PieceStream : public TokenStream {
 
  private:
   const PieceVocabulary* vocabulary_;
+  int32_t throws_on_;
   std::string bytes_;
+};
+
+// Encodes byte by byte; decodes the pieces. `throws_on`: a token whose text makes the stream throw.
+class PieceTokenizer : public Tokenizer {
+ public:
+  explicit PieceTokenizer(PieceVocabulary vocabulary, int32_t throws_on = -1)
+      : vocabulary_(std::move(vocabulary)), throws_on_(throws_on) {}
+
+  std::vector<int32_t> Encode(std::string_view text, bool) const override {
+    std::vector<int32_t> ids;
+    for (const char c : text) ids.push_back(vocabulary_.Find(std::string(1, c)));
+    return ids;
+  }
+  std::string Decode(std::span<const int32_t> tokens, bool) const override {
+    std::string text;
+    for (const int32_t token : tokens) text += vocabulary_.Piece(token);
+    return text;
+  }
+  std::unique_ptr<TokenStream> MakeStream(bool) const override {
+    return std::make_unique<PieceStream>(&vocabulary_, throws_on_);
+  }
+  Result<std::string> ApplyChatTemplate(const ChatTemplateInput&) const override { return Fail("no chat template"); }
+  bool has_chat_template() const override { return false; }
+  int32_t vocab_size() const override { return vocabulary_.size(); }
+  std::string TokenString(int32_t token) const override { return vocabulary_.Piece(token); }
+  std::optional<int32_t> TokenId(std::string_view token) const override {
+    const int32_t id = vocabulary_.Find(std::string(token));
+    return id < 0 ? std::nullopt : std::optional(id);
+  }
+  std::optional<int32_t> bos_token_id() const override { return std::nullopt; }
+  std::vector<int32_t> eos_token_ids() const override { return {}; }
+
+ private:
+  PieceVocabulary vocabulary_;
+  int32_t throws_on_;
 };
 
 }  // namespace weft

@@ -123,13 +123,13 @@ void Scheduler::PlanPrefills(int64_t& budget) {
 }
 
 void Scheduler::Admit(int64_t& budget, Clock::time_point now, StepPlan& plan) {
-  while (budget > 0 && !waiting_.empty() && static_cast<int64_t>(running_.size()) < config_.max_num_seqs) {
+  while (budget > 0 && !waiting_.empty() && num_running() < config_.max_num_seqs) {
     Entry& entry = **waiting_.begin();
     const int64_t tokens = entry.num_tokens();
     if (!config_.chunked_prefill && tokens > budget) return;
     // One that was preempted waits until everybody who runs could have a further block, or it would soon be preempted
     // again, and its whole recomputation be lost each time.
-    const auto spare = entry.preemptions > 0 ? static_cast<int64_t>(running_.size()) : 0;
+    const auto spare = entry.preemptions > 0 ? num_running() : 0;
     if (!kv_.CanAllocate(entry.table, tokens, spare)) return;
     WEFT_CHECK(kv_.Allocate(entry.table, tokens));
 
@@ -245,8 +245,8 @@ Scheduler::Entry* Scheduler::FindEntry(RequestHandle handle) {
 }
 
 SchedulerStats Scheduler::Stats() const {
-  SchedulerStats stats{.running = static_cast<int64_t>(running_.size()),
-                       .waiting = static_cast<int64_t>(waiting_.size()),
+  SchedulerStats stats{.running = num_running(),
+                       .waiting = num_waiting(),
                        .preemptions = preemptions_,
                        .kv_cache_usage = kv_.Usage(),
                        .kv_tokens_per_shard = std::vector<int64_t>(static_cast<size_t>(kv_.layout().shards))};

@@ -93,6 +93,9 @@ class Scheduler {
   // Null when there is no such request. Valid as long as the request lives.
   const Request* Find(RequestHandle handle) const;
 
+  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
+  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  // Walks over the running requests.
   SchedulerStats Stats() const;
   // The longest sequence that the KV cache can hold.
   int64_t CapacityTokens() const { return kv_.CapacityTokens(); }

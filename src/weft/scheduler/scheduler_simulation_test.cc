@@ -153,7 +153,9 @@ class Simulation {
       if (Chance(s_.error_rate)) row.error = "NaN";
     }
     std::shuffle(output.rows.begin(), output.rows.end(), random_);
-    if (Chance(0.2)) FinishSome();  // while the step runs
+    // While the step runs:
+    if (Chance(0.2)) FinishSome();
+    if (to_add_ > 0 && Chance(0.2)) Add();
     const StepOutput copy = output;
     (void)twin_.Update(plan, copy);
     for (RowOutput& row : scheduler_.Update(plan, std::move(output))) TakeIn(row);

@@ -263,7 +263,8 @@ void LLMEngine::Shutdown(double timeout_s) {
     const auto done = [&] { return undelivered_ == 0; };
     constexpr double kLongest = 1e7;  // seconds; a duration beyond that overflows
     const double wait_s = std::clamp(timeout_s, 0.0, kLongest);
-    if (!ended_.wait_for(lock, std::chrono::duration<double>(wait_s), done)) {
+    const bool drained = wait_s > 0 ? ended_.wait_for(lock, std::chrono::duration<double>(wait_s), done) : done();
+    if (!drained) {
       abort_all_ = true;
       wake_.notify_one();
       ended_.wait(lock, done);

@@ -30,6 +30,8 @@ struct EngineRequest {
   std::vector<int32_t> prompt_token_ids;  // at least one
   SamplingParams params;
   int32_t priority = 0;  // lower is served first
+  // Prefix cache entries may be shared only between requests with the same salt.
+  std::string cache_salt;
 };
 
 enum class FinishReason { kStop, kLength, kAbort, kError };

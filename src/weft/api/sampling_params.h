@@ -18,9 +18,9 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;
   float repetition_penalty = 1.0f;  // > 0
   std::optional<uint64_t> seed;
-  std::map<int32_t, float> logit_bias;           // token id -> bias
-  std::vector<std::vector<int32_t>> bad_words;   // token ids; the prefix must match the end of the output
-  std::vector<int32_t> allowed_token_ids;        // empty: all
+  std::map<int32_t, float> logit_bias;          // token id -> bias
+  std::vector<std::vector<int32_t>> bad_words;  // token ids; the prefix must match the end of the output
+  std::vector<int32_t> allowed_token_ids;       // empty: all
 
   int32_t max_tokens = 16;
   int32_t min_tokens = 0;  // until then neither EOS nor a stop token can be sampled

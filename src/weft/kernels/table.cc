@@ -10,7 +10,4 @@ const KernelTable& KernelsByName(std::string_view name) {
   Throw("unknown kernels '{}': use auto, cpu or ref", name);
 }
 
-// Until cpu/ is in the build.
-const KernelTable& CpuKernels() { return RefKernels(); }
-
 }  // namespace weft

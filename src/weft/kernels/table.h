@@ -15,8 +15,8 @@
 
 namespace weft {
 
-// A weight matrix W [n, k] of y = x W^T, stored in panels of kPanel output columns: element (j, p) of the matrix lies in
-// panel j / kPanel; the last panel is padded with zeros. What lies inside a panel is the table's own business
+// A weight matrix W [n, k] of y = x W^T, stored in panels of kPanel output columns: element (j, p) of the matrix lies
+// in panel j / kPanel; the last panel is padded with zeros. What lies inside a panel is the table's own business
 // (pack_weights makes it, linear reads it): a decode step streams it once, a prefill step unpacks it per cache block.
 struct PackedWeights {
   static constexpr int64_t kPanel = 16;
@@ -69,7 +69,7 @@ struct AttentionTask {
 
 struct AttentionArgs {
   std::span<const AttentionTask> tasks;
-  int q_heads = 0;   // multiple of kv_heads; query head h reads KV head h / (q_heads / kv_heads)
+  int q_heads = 0;  // multiple of kv_heads; query head h reads KV head h / (q_heads / kv_heads)
   int kv_heads = 0;
   int k_dim = 0;
   int v_dim = 0;
@@ -115,10 +115,10 @@ struct RopeArgs {
   int64_t head_stride = 0;
   int64_t rows = 0;
   int64_t heads = 0;
-  int64_t rotary_dim = 0;            // the first rotary_dim elements of a head are rotated
+  int64_t rotary_dim = 0;              // the first rotary_dim elements of a head are rotated
   const int32_t* positions = nullptr;  // [rows]
-  const float* cos_sin = nullptr;  // [positions, rotary_dim]: rotary_dim/2 cosines, then rotary_dim/2 sines
-  bool interleaved = false;        // pairs (2d, 2d+1) instead of (d, d + rotary_dim/2)
+  const float* cos_sin = nullptr;      // [positions, rotary_dim]: rotary_dim/2 cosines, then rotary_dim/2 sines
+  bool interleaved = false;            // pairs (2d, 2d+1) instead of (d, d + rotary_dim/2)
 };
 
 struct KernelTable {

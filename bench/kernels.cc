@@ -1,0 +1,322 @@
+// bench_kernels: the speed of the kernels on Qwen3-0.6B's shapes, as shares of what the machine can do.
+//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|attention|small] [--seconds S]
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "machine_limits.h"
+#include "weft/kernels/table.h"
+
+namespace weft::bench {
+namespace {
+
+struct Options {
+  std::string kernels = "cpu";
+  int threads = 0;
+  std::string only;
+  double seconds = 0.2;
+  std::vector<int64_t> depths = {512, 4096, 16384};
+  std::vector<int64_t> rows = {1, 4, 16, 64, 512, 4096};
+};
+
+constexpr double kGiga = 1e9;
+
+void FillRandom(float* data, int64_t count, float scale) {
+  // Any values will do, as long as none is denormal: a cheap generator, for these are hundreds of megabytes.
+  uint32_t state = 12345;
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    data[i] = (static_cast<float>(state >> 8) / 16777216.0f - 0.5f) * scale;
+  }
+}
+
+void FillRandom(bf16* data, int64_t count, float scale) {
+  uint32_t state = 12345;
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    data[i] = ToBf16((static_cast<float>(state >> 8) / 16777216.0f - 0.5f) * scale);
+  }
+}
+
+std::string Share(double value, double limit) { return fmt::format("{:5.1f}%", 100 * value / limit); }
+
+void BenchLinear(const KernelTable& table, ThreadPool& pool, const MachineLimits& limits, const Options& options) {
+  struct Shape {
+    const char* name;
+    int64_t n;
+    int64_t k;
+  };
+  constexpr Shape kShapes[] = {
+      {"q_proj", 2048, 1024},  {"kv_proj", 1024, 1024},   {"o_proj", 1024, 2048},
+      {"gate_up", 6144, 1024}, {"down_proj", 1024, 3072}, {"lm_head", 151936, 1024},
+  };
+  // Decode reads every layer's weights from memory: as many copies of a matrix as it takes to leave the caches.
+  constexpr int64_t kColdBytes = int64_t{256} << 20;
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    std::printf("\nlinear, %s weights (median; share of FMA / of read bandwidth; best)\n",
+                std::string(NameOf(dtype)).c_str());
+    for (const Shape& shape : kShapes) {
+      const int64_t bytes = shape.n * shape.k * static_cast<int64_t>(SizeOf(dtype));
+      const int64_t copies = std::max<int64_t>(1, std::min<int64_t>(kColdBytes / bytes, 64));
+      Buffer source(static_cast<size_t>(shape.n * shape.k) * sizeof(float));
+      FillRandom(source.as<float>(), shape.n * shape.k, 0.1f);
+      std::vector<PackedWeights> weights(static_cast<size_t>(copies));
+      for (PackedWeights& w : weights) {
+        w.dtype = dtype;
+        w.n = shape.n;
+        w.k = shape.k;
+        table.pack_weights(source.data(), DType::kF32, shape.k, 0, shape.n, w);
+      }
+      for (const int64_t m : options.rows) {
+        if (shape.n > 100000 && m > 64) continue;  // prefill computes the logits of few rows
+        Buffer x(static_cast<size_t>(m * shape.k) * sizeof(float));
+        Buffer y(static_cast<size_t>(m * shape.n) * sizeof(float));
+        FillRandom(x.as<float>(), m * shape.k, 2.0f);
+        size_t next = 0;
+        const Timing timing = Measure(
+            [&] {
+              table.linear({.x = x.as<float>(),
+                            .x_stride = shape.k,
+                            .m = m,
+                            .w = &weights[next],
+                            .y = y.as<float>(),
+                            .y_stride = shape.n},
+                           pool);
+              next = (next + 1) % weights.size();
+            },
+            5, options.seconds);
+        const double flop = 2.0 * static_cast<double>(m * shape.n * shape.k);
+        std::printf("  %-10s m=%-5ld %10.1f us  %7.1f GFLOP/s %s  %6.1f GB/s %s   best %s %s\n", shape.name, m,
+                    timing.median_s * 1e6, flop / timing.median_s / kGiga,
+                    Share(flop / timing.median_s / kGiga, limits.fma_gflops.all).c_str(),
+                    static_cast<double>(bytes) / timing.median_s / kGiga,
+                    Share(static_cast<double>(bytes) / timing.median_s / kGiga, limits.read_gb_s.all).c_str(),
+                    Share(flop / timing.best_s / kGiga, limits.fma_gflops.all).c_str(),
+                    Share(static_cast<double>(bytes) / timing.best_s / kGiga, limits.read_gb_s.all).c_str());
+        std::fflush(stdout);
+      }
+    }
+  }
+}
+
+// A paged cache of one layer whose blocks lie in random order.
+struct Cache {
+  Cache(int64_t tokens, int kv_heads, int dim, DType dtype_in) : dtype(dtype_in) {
+    const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+    const int64_t elements = blocks * kv_heads * kBlockTokens * dim;
+    stride = int64_t{kv_heads} * kBlockTokens * dim;
+    for (Buffer* buffer : {&k, &v}) {
+      *buffer = Buffer(static_cast<size_t>(elements) * SizeOf(dtype));
+      if (dtype == DType::kBF16) {
+        FillRandom(buffer->as<bf16>(), elements, 2.0f);
+      } else {
+        FillRandom(buffer->as<float>(), elements, 2.0f);
+      }
+    }
+    table.resize(static_cast<size_t>(blocks));
+    for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+    std::shuffle(table.begin(), table.end(), std::mt19937(7));
+  }
+
+  KvPages Pages(const int32_t* visible, int dim) const {
+    return {.k = k.data(),
+            .v = v.data(),
+            .dtype = dtype,
+            .block_table = table.data(),
+            .block_tokens = kBlockTokens,
+            .k_block_stride = stride,
+            .k_head_stride = int64_t{kBlockTokens} * dim,
+            .v_block_stride = stride,
+            .v_head_stride = int64_t{kBlockTokens} * dim,
+            .visible = visible};
+  }
+
+  static constexpr int32_t kBlockTokens = 16;
+  DType dtype;
+  int64_t stride;
+  Buffer k;
+  Buffer v;
+  std::vector<int32_t> table;
+};
+
+void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLimits& limits, const Options& options) {
+  struct Heads {
+    const char* name;
+    int q_heads;
+    int kv_heads;
+    int dim;
+  };
+  for (const Heads& heads : {Heads{"Qwen3-0.6B", 16, 8, 128}, Heads{"SmolLM2", 9, 3, 64}}) {
+    std::printf("\nattention, %s heads, bf16 cache: the last 512 rows of a prompt (share of FMA, of what is causal)\n",
+                heads.name);
+    auto run = [&](int64_t depth, int64_t rows, const Cache& cache, const std::vector<int32_t>& visible, float* q,
+                   float* out, float* lse) {
+      const KvPages pages = cache.Pages(visible.data(), heads.dim);
+      const AttentionTask task = {.q = q,
+                                  .q_stride = int64_t{heads.q_heads} * heads.dim,
+                                  .out = out,
+                                  .out_stride = int64_t{heads.q_heads} * heads.dim,
+                                  .lse = lse,
+                                  .lse_stride = heads.q_heads,
+                                  .rows = rows,
+                                  .kv = {&pages, 1}};
+      (void)depth;
+      table.attention({.tasks = {&task, 1},
+                       .q_heads = heads.q_heads,
+                       .kv_heads = heads.kv_heads,
+                       .k_dim = heads.dim,
+                       .v_dim = heads.dim,
+                       .scale = 0.1f},
+                      pool);
+    };
+    constexpr int64_t kRows = 512;
+    std::vector<float> q(static_cast<size_t>(kRows * heads.q_heads * heads.dim));
+    std::vector<float> out(q.size());
+    std::vector<float> lse(static_cast<size_t>(kRows * heads.q_heads));
+    FillRandom(q.data(), static_cast<int64_t>(q.size()), 2.0f);
+    for (const int64_t depth : options.depths) {
+      const Cache cache(depth, heads.kv_heads, heads.dim, DType::kBF16);
+      std::vector<int32_t> visible(static_cast<size_t>(kRows));
+      double keys = 0;
+      for (size_t i = 0; i < visible.size(); ++i) {
+        visible[i] = static_cast<int32_t>(depth - kRows) + static_cast<int32_t>(i) + 1;
+        keys += visible[i];
+      }
+      const Timing timing =
+          Measure([&] { run(depth, kRows, cache, visible, q.data(), out.data(), lse.data()); }, 5, options.seconds);
+      const double flop = 4.0 * keys * heads.q_heads * heads.dim;
+      std::printf("  prefill depth=%-6ld %10.1f us  %7.1f GFLOP/s %s   best %s\n", depth, timing.median_s * 1e6,
+                  flop / timing.median_s / kGiga, Share(flop / timing.median_s / kGiga, limits.fma_gflops.all).c_str(),
+                  Share(flop / timing.best_s / kGiga, limits.fma_gflops.all).c_str());
+      std::fflush(stdout);
+    }
+    std::printf("attention, %s heads, bf16 cache: one row of decode, cache not in the CPU's caches\n", heads.name);
+    for (const int64_t depth : options.depths) {
+      const int64_t bytes = 2 * depth * heads.kv_heads * heads.dim * 2;
+      const int64_t copies = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
+      const Cache cache(depth * copies, heads.kv_heads, heads.dim, DType::kBF16);
+      const std::vector<int32_t> visible = {static_cast<int32_t>(depth)};
+      int64_t next = 0;
+      const Timing timing = Measure(
+          [&] {
+            KvPages pages = cache.Pages(visible.data(), heads.dim);
+            pages.block_table += next * (depth / Cache::kBlockTokens);
+            next = (next + 1) % copies;
+            const AttentionTask task = {
+                .q = q.data(), .out = out.data(), .lse = lse.data(), .rows = 1, .kv = {&pages, 1}};
+            table.attention({.tasks = {&task, 1},
+                             .q_heads = heads.q_heads,
+                             .kv_heads = heads.kv_heads,
+                             .k_dim = heads.dim,
+                             .v_dim = heads.dim,
+                             .scale = 0.1f},
+                            pool);
+          },
+          20, options.seconds);
+      const double rate = static_cast<double>(bytes) / kGiga;
+      std::printf("  decode  depth=%-6ld %10.1f us  %7.1f GB/s    %s   best %s\n", depth, timing.median_s * 1e6,
+                  rate / timing.median_s, Share(rate / timing.median_s, limits.read_gb_s.all).c_str(),
+                  Share(rate / timing.best_s, limits.read_gb_s.all).c_str());
+      std::fflush(stdout);
+    }
+  }
+}
+
+// What lies between the matrix products, as the time it adds to a layer of Qwen3-0.6B at 512 rows and at one.
+void BenchSmall(const KernelTable& table, ThreadPool& pool, const Options& options) {
+  std::printf("\nthe small kernels (median)\n");
+  for (const int64_t rows : {int64_t{1}, int64_t{512}}) {
+    constexpr int64_t kHidden = 1024;
+    constexpr int64_t kFfn = 3072;
+    std::vector<float> x(static_cast<size_t>(rows * kFfn * 2));
+    std::vector<float> y(x.size());
+    std::vector<float> weight(kHidden, 1.0f);
+    std::vector<int32_t> positions(static_cast<size_t>(rows), 3);
+    std::vector<float> cos_sin(128 * 8, 0.5f);
+    std::vector<int64_t> slots(static_cast<size_t>(rows));
+    for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
+    std::vector<bf16> cache(static_cast<size_t>((rows + 16) * 2 * kHidden));
+    FillRandom(x.data(), static_cast<int64_t>(x.size()), 2.0f);
+    auto report = [&](const char* name, FunctionRef<void()> fn) {
+      std::printf("  %-12s rows=%-4ld %10.2f us\n", name, rows, Measure(fn, 5, options.seconds / 4).median_s * 1e6);
+    };
+    report("rms_norm",
+           [&] { table.rms_norm(x.data(), kHidden, weight.data(), 1e-6f, y.data(), kHidden, rows, kHidden, pool); });
+    report("add", [&] { table.add(y.data(), kHidden, x.data(), kHidden, rows, kHidden, pool); });
+    report("swiglu",
+           [&] { table.swiglu(x.data(), 2 * kFfn, x.data() + kFfn, 2 * kFfn, y.data(), kFfn, rows, kFfn, pool); });
+    report("rope q", [&] {
+      table.rope({.x = y.data(),
+                  .row_stride = 2048,
+                  .head_stride = 128,
+                  .rows = rows,
+                  .heads = 16,
+                  .rotary_dim = 128,
+                  .positions = positions.data(),
+                  .cos_sin = cos_sin.data()},
+                 pool);
+    });
+    report("kv_write", [&] {
+      table.kv_write({.k = x.data(),
+                      .k_stride = kHidden,
+                      .v = x.data(),
+                      .v_stride = kHidden,
+                      .slots = slots.data(),
+                      .rows = rows,
+                      .kv_heads = 8,
+                      .k_dim = 128,
+                      .v_dim = 128,
+                      .block_tokens = 16,
+                      .k_cache = cache.data(),
+                      .v_cache = cache.data() + (rows + 16) * kHidden},
+                     pool);
+    });
+  }
+  std::vector<float> logits(151936);
+  FillRandom(logits.data(), static_cast<int64_t>(logits.size()), 20.0f);
+  auto report = [&](const char* name, FunctionRef<void()> fn) {
+    std::printf("  %-12s 151936   %10.2f us\n", name, Measure(fn, 5, options.seconds / 4).median_s * 1e6);
+  };
+  int64_t sink = 0;
+  report("argmax", [&] { sink += table.argmax(logits.data(), static_cast<int64_t>(logits.size())); });
+  float sum = 0;
+  report("log_sum_exp", [&] { sum += table.log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())); });
+  report("softmax", [&] { table.softmax(logits.data(), static_cast<int64_t>(logits.size())); });
+  std::printf("  (checksums %ld %g)\n", sink, sum);
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Speed of weft's kernels against the limits of this machine");
+  app.add_option("--kernels", options.kernels, "cpu or ref")->capture_default_str();
+  app.add_option("--threads", options.threads, "threads, 0: one a CPU")->capture_default_str();
+  app.add_option("--only", options.only, "linear, attention or small; empty: all");
+  app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
+  app.add_option("--depths", options.depths, "context lengths for attention");
+  app.add_option("--rows", options.rows, "rows for linear");
+  CLI11_PARSE(app, argc, argv);
+  const std::vector<int> cpus = AllowedCpus();
+  if (options.threads <= 0) options.threads = static_cast<int>(cpus.size());
+  ThreadPool pool(options.threads, cpus);
+  const KernelTable& table = KernelsByName(options.kernels);
+  const MachineLimits limits = MeasureMachineLimits(pool);
+  std::printf("%skernels: %s, %s\n", Describe(limits).c_str(), std::string(table.name).c_str(),
+              std::string(table.target).c_str());
+  if (options.only.empty() || options.only == "linear") BenchLinear(table, pool, limits, options);
+  if (options.only.empty() || options.only == "attention") BenchAttention(table, pool, limits, options);
+  if (options.only.empty() || options.only == "small") BenchSmall(table, pool, options);
+  std::printf("\n%s", Describe(MeasureMachineLimits(pool)).c_str());
+  return 0;
+}
+
+}  // namespace
+}  // namespace weft::bench
+
+int main(int argc, char** argv) { return weft::bench::Main(argc, argv); }

@@ -1,0 +1,361 @@
+// Attention for few columns (decode); attention.cc says how. Included once per Highway target.
+#if defined(WEFT_KERNELS_CPU_ATTENTION_STREAM_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WEFT_KERNELS_CPU_ATTENTION_STREAM_INL_H_
+#undef WEFT_KERNELS_CPU_ATTENTION_STREAM_INL_H_
+#else
+#define WEFT_KERNELS_CPU_ATTENTION_STREAM_INL_H_
+#endif
+
+#include <algorithm>
+
+#include "hwy/highway.h"
+#include "weft/kernels/cpu/attention_tiled-inl.h"
+#include "weft/kernels/cpu/scratch.h"
+#include "weft/kernels/cpu/simd-inl.h"
+#include "weft/kernels/table.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace weft {
+namespace HWY_NAMESPACE {
+namespace {
+
+// Beyond this many columns the arithmetic along the rows (a sum over lanes for each score) costs more than unpacking.
+constexpr int64_t kStreamCols = 8;
+// Keys whose scores are computed before their values are read: the scores and both tiles (head size 128: 16 KiB each)
+// stay in L1.
+constexpr int64_t kStreamKeys = 64;
+// Columns that one pass over a row serves: 4 keys x so many sums in registers.
+constexpr int kStreamHeads = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 4 : 2;
+
+// A chunk of a row: 2 * kLanes elements, as two vectors. bf16: the even and the odd elements; f32: the lower and the
+// upper half. Queries and sums of values are held in the same order.
+constexpr int64_t kChunk = 2 * kLanes;
+
+HWY_INLINE void LoadChunk(const bf16* at, VF& first, VF& second) {
+  const VU words = LoadWords(at);
+  first = LowBf16(words);
+  second = HighBf16(words);
+}
+HWY_INLINE void LoadChunk(const float* at, VF& first, VF& second) {
+  first = hn::LoadU(DF(), at);
+  second = hn::LoadU(DF(), at + kLanes);
+}
+// The last `count` < kChunk elements of a row (an even number of bf16), zeros behind them.
+template <typename T>
+HWY_INLINE void LoadPartial(const T* at, int64_t count, VF& first, VF& second) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
+  // Masked loads do not touch what they leave out.
+  if constexpr (sizeof(T) == 2) {
+    const VU words =
+        hn::MaskedLoad(hn::FirstN(DU(), static_cast<size_t>(count / 2)), DU(), reinterpret_cast<const uint32_t*>(at));
+    first = LowBf16(words);
+    second = HighBf16(words);
+  } else {
+    first = hn::MaskedLoad(hn::FirstN(DF(), static_cast<size_t>(std::min(count, kLanes))), DF(), at);
+    second = hn::Zero(DF());
+    if (count > kLanes) {
+      second = hn::MaskedLoad(hn::FirstN(DF(), static_cast<size_t>(count - kLanes)), DF(), at + kLanes);
+    }
+  }
+#else
+  HWY_ALIGN T values[kChunk] = {};
+  std::memcpy(values, at, static_cast<size_t>(count) * sizeof(T));
+  LoadChunk(values, first, second);
+#endif
+}
+
+// sums[i] = the sum of the lanes of v_i.
+HWY_INLINE void SumLanes4(VF v0, VF v1, VF v2, VF v3, float* sums) {
+#if HWY_TARGET == HWY_SCALAR
+  sums[0] = hn::GetLane(v0);
+  sums[1] = hn::GetLane(v1);
+  sums[2] = hn::GetLane(v2);
+  sums[3] = hn::GetLane(v3);
+#else
+  const DF d;
+  const hn::RepartitionToWide<DF> dd;
+  const VF a = hn::Add(hn::InterleaveLower(d, v0, v1), hn::InterleaveUpper(d, v0, v1));
+  const VF b = hn::Add(hn::InterleaveLower(d, v2, v3), hn::InterleaveUpper(d, v2, v3));
+  const auto wide_a = hn::BitCast(dd, a);
+  const auto wide_b = hn::BitCast(dd, b);
+  // Now each block of 4 lanes holds its share of the 4 sums.
+  const VF blocks = hn::Add(hn::BitCast(d, hn::InterleaveLower(dd, wide_a, wide_b)),
+                            hn::BitCast(d, hn::InterleaveUpper(dd, wide_a, wide_b)));
+  const hn::FixedTag<float, 4> d4;
+#if HWY_MAX_BYTES == 64
+  const hn::Half<DF> d8;
+  const auto half = hn::Add(hn::LowerHalf(d8, blocks), hn::UpperHalf(d8, blocks));
+  hn::StoreU(hn::Add(hn::LowerHalf(d4, half), hn::UpperHalf(d4, half)), d4, sums);
+#elif HWY_MAX_BYTES == 32
+  hn::StoreU(hn::Add(hn::LowerHalf(d4, blocks), hn::UpperHalf(d4, blocks)), d4, sums);
+#else
+  hn::StoreU(blocks, d4, sums);
+#endif
+#endif
+}
+
+HWY_INLINE void PrefetchRow(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 3);
+}
+
+// scores[h * kStreamKeys + i] = q_h . row_i for four rows and kHeads columns.
+template <int kHeads, typename T>
+HWY_INLINE void Dot4(const float* HWY_RESTRICT q, int64_t q_stride, const T* const* rows, int64_t dim,
+                     float* HWY_RESTRICT scores) {
+  const DF d;
+  VF sums[4][kHeads];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) sums[i][h] = hn::Zero(d);
+  }
+  int64_t at = 0;
+  for (; at + kChunk <= dim; at += kChunk) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      VF first, second;
+      LoadChunk(rows[i] + at, first, second);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        sums[i][h] = hn::MulAdd(first, hn::Load(d, q + h * q_stride + at), sums[i][h]);
+        sums[i][h] = hn::MulAdd(second, hn::Load(d, q + h * q_stride + at + kLanes), sums[i][h]);
+      }
+    }
+  }
+  if (at < dim) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      VF first, second;
+      LoadPartial(rows[i] + at, dim - at, first, second);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        sums[i][h] = hn::MulAdd(first, hn::Load(d, q + h * q_stride + at), sums[i][h]);
+        sums[i][h] = hn::MulAdd(second, hn::Load(d, q + h * q_stride + at + kLanes), sums[i][h]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+    SumLanes4(sums[0][h], sums[1][h], sums[2][h], sums[3][h], scores + h * kStreamKeys);
+  }
+}
+
+// o_h = o_h * alpha_h + sum over keys of p_h[key] * row_key, for kHeads columns and kChunks chunks of the rows from
+// `at` on. `partial` > 0: the one chunk has only so many elements. `next` (or null): rows to be fetched meanwhile.
+template <int kHeads, int kChunks, typename T>
+HWY_INLINE void AddRows(const float* HWY_RESTRICT p, const float* alpha, const T* const* rows, int64_t keys, int64_t at,
+                        int64_t partial, float* HWY_RESTRICT o, int64_t o_stride, const T* const* next,
+                        int64_t next_bytes) {
+  const DF d;
+  VF sums[kHeads][2 * kChunks];
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 2 * kChunks; ++c) {
+      sums[h][c] = hn::Mul(hn::Load(d, o + h * o_stride + at + c * kLanes), hn::Set(d, alpha[h]));
+    }
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    if (next != nullptr) PrefetchRow(next[key], next_bytes);
+    VF values[2 * kChunks];
+    if (partial > 0) {
+      LoadPartial(rows[key] + at, partial, values[0], values[1]);
+    } else {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChunks; ++c) LoadChunk(rows[key] + at + c * kChunk, values[2 * c], values[2 * c + 1]);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+      const VF weight = hn::Set(d, p[h * kStreamKeys + key]);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * kChunks; ++c) sums[h][c] = hn::MulAdd(weight, values[c], sums[h][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 2 * kChunks; ++c) hn::Store(sums[h][c], d, o + h * o_stride + at + c * kLanes);
+  }
+}
+
+// All chunks of the rows for kHeads columns. Accumulators: kHeads * 2 * kWide vectors.
+template <int kHeads, typename T>
+void AddAllRows(const float* p, const float* alpha, const T* const* rows, int64_t keys, int64_t dim, float* o,
+                int64_t o_stride, const T* const* next, int64_t next_bytes) {
+  constexpr int kWide = kStreamHeads == 4 ? (kHeads <= 2 ? 4 : 2) : (kHeads == 1 ? 4 : 2);
+  int64_t at = 0;
+  for (; at + kWide * kChunk <= dim; at += kWide * kChunk) {
+    AddRows<kHeads, kWide>(p, alpha, rows, keys, at, 0, o, o_stride, at == 0 ? next : nullptr, next_bytes);
+  }
+  for (; at < dim; at += kChunk) {
+    const int64_t partial = at + kChunk <= dim ? 0 : dim - at;
+    AddRows<kHeads, 1>(p, alpha, rows, keys, at, partial, o, o_stride, at == 0 ? next : nullptr, next_bytes);
+  }
+}
+
+struct StreamState {
+  int64_t k_stride = 0;     // floats of a packed query
+  int64_t v_stride = 0;     // floats of a column's sums
+  float* q = nullptr;       // [cols, k_stride]
+  float* o = nullptr;       // [cols, v_stride]
+  float* scores = nullptr;  // [cols, kStreamKeys]
+  float m[kStreamCols];
+  float l[kStreamCols];
+};
+
+// Scores -> probabilities of one column, of which `seen` keys are visible; returns alpha.
+float SoftmaxColumn(float* HWY_RESTRICT scores, int64_t seen, int64_t keys, float& m, float& l) {
+  const DF d;
+  const hn::CappedTag<float, 1> d1;
+  if (seen <= 0) {
+    std::fill(scores, scores + keys, 0.0f);
+    return 1.0f;
+  }
+  // Whole vectors: what lies behind the visible keys (and is inside the array) weighs nothing.
+  const int64_t padded = (std::max(keys, seen) + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + seen, scores + padded, -kInfinity);
+  VF top = hn::Set(d, m);
+  for (int64_t i = 0; i < padded; i += kLanes) top = hn::Max(top, hn::Load(d, scores + i));
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, top));
+  const float base = largest == -kInfinity ? 0.0f : largest;
+  VF sum = hn::Zero(d);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const VF p = Exp2(d, hn::Sub(hn::Load(d, scores + i), hn::Set(d, base)));
+    hn::Store(p, d, scores + i);
+    sum = hn::Add(sum, p);
+  }
+  const float alpha = hn::GetLane(Exp2(d1, hn::Set(d1, m - base)));
+  l = l * alpha + hn::GetLane(hn::SumOfLanes(d, sum));
+  m = largest;
+  return alpha;
+}
+
+template <typename T>
+void RowsOf(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset, int64_t dim, int64_t key0,
+            int64_t keys, const T** rows) {
+  for (int64_t i = 0; i < keys; ++i) {
+    rows[i] = static_cast<const T*>(cache) + KeyIndex(kv, key0 + i, block_stride, head_offset, dim);
+  }
+  // Scores are computed four at a time: the last rows of the tile are repeated.
+  for (int64_t i = keys; i % 4 != 0; ++i) rows[i] = rows[keys - 1];
+}
+
+template <typename T>
+void StreamShard(const PieceView& view, const KvPages& kv, int64_t lo, int64_t hi, StreamState& state) {
+  const int64_t k_head = view.piece.kv_head * kv.k_head_stride;
+  const int64_t v_head = view.piece.kv_head * kv.v_head_stride;
+  const int64_t v_bytes = view.v_dim * static_cast<int64_t>(sizeof(T));
+  const int64_t k_bytes = view.k_dim * static_cast<int64_t>(sizeof(T));
+  const T* k_rows[2][kStreamKeys];
+  const T* v_rows[kStreamKeys];
+  int now = 0;
+  RowsOf<T>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, lo, std::min(kStreamKeys, hi - lo), k_rows[0]);
+  for (int64_t key0 = lo; key0 < hi; key0 += kStreamKeys, now ^= 1) {
+    const int64_t keys = std::min(kStreamKeys, hi - key0);
+    RowsOf<T>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_rows);
+    // The values are fetched while the scores are computed, the next tile's keys while the values are summed.
+    const int64_t next_keys = std::min(kStreamKeys, hi - key0 - keys);
+    if (next_keys > 0) {
+      RowsOf<T>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0 + keys, next_keys, k_rows[now ^ 1]);
+      for (int64_t i = next_keys; i < keys; ++i) k_rows[now ^ 1][i] = k_rows[now ^ 1][next_keys - 1];
+    }
+    for (int64_t i = 0; i < keys; i += 4) {
+      for (int64_t j = i; j < std::min(i + 4, keys); ++j) PrefetchRow(v_rows[j], v_bytes);
+      for (int64_t c = 0; c < view.cols;) {
+        const float* q = state.q + c * state.k_stride;
+        float* scores = state.scores + c * kStreamKeys + i;
+        const int64_t left = view.cols - c;
+        if (kStreamHeads >= 4 && left >= 4) {
+          Dot4<kStreamHeads>(q, state.k_stride, k_rows[now] + i, view.k_dim, scores);
+          c += kStreamHeads;
+        } else if (left >= 2) {
+          Dot4<2>(q, state.k_stride, k_rows[now] + i, view.k_dim, scores);
+          c += 2;
+        } else {
+          Dot4<1>(q, state.k_stride, k_rows[now] + i, view.k_dim, scores);
+          c += 1;
+        }
+      }
+    }
+    float alpha[kStreamCols];
+    for (int64_t c = 0; c < view.cols; ++c) {
+      const int64_t seen = std::min<int64_t>(kv.visible[view.Row(c)] - key0, keys);
+      alpha[c] = SoftmaxColumn(state.scores + c * kStreamKeys, seen, keys, state.m[c], state.l[c]);
+    }
+    for (int64_t c = 0; c < view.cols;) {
+      const float* p = state.scores + c * kStreamKeys;
+      float* o = state.o + c * state.v_stride;
+      const T* const* next = c == 0 && next_keys > 0 ? k_rows[now ^ 1] : nullptr;
+      const int64_t left = view.cols - c;
+      if (kStreamHeads >= 4 && left >= 4) {
+        AddAllRows<kStreamHeads>(p, alpha + c, v_rows, keys, view.v_dim, o, state.v_stride, next, k_bytes);
+        c += kStreamHeads;
+      } else if (left >= 2) {
+        AddAllRows<2>(p, alpha + c, v_rows, keys, view.v_dim, o, state.v_stride, next, k_bytes);
+        c += 2;
+      } else {
+        AddAllRows<1>(p, alpha + c, v_rows, keys, view.v_dim, o, state.v_stride, next, k_bytes);
+        c += 1;
+      }
+    }
+  }
+}
+
+// Where element d of a row lies among the packed ones.
+template <typename T>
+HWY_INLINE int64_t PackedAt(int64_t d) {
+  if constexpr (sizeof(T) == 4) return d;
+  return d / kChunk * kChunk + d % 2 * kLanes + d % kChunk / 2;
+}
+
+template <typename T>
+void StreamPieceOf(const AttentionArgs& args, const PieceView& view) {
+  StreamState state;
+  state.k_stride = (view.k_dim + kChunk - 1) / kChunk * kChunk;
+  state.v_stride = (view.v_dim + kChunk - 1) / kChunk * kChunk;
+  state.q = cpu::ScratchOf<float>(cpu::ScratchSlot::kWork,
+                                  view.cols * (state.k_stride + state.v_stride + kStreamKeys) + kChunk);
+  state.o = state.q + view.cols * state.k_stride;
+  state.scores = state.o + view.cols * state.v_stride;
+  std::fill(state.q, state.scores, 0.0f);
+  for (int64_t c = 0; c < view.cols; ++c) {
+    const float* query = view.Query(c);
+    float* to = state.q + c * state.k_stride;
+    for (int64_t d = 0; d < view.k_dim; ++d) to[PackedAt<T>(d)] = query[d] * (args.scale * kLog2E);
+    state.m[c] = -kInfinity;
+    state.l[c] = 0;
+  }
+  view.ForShards([&](const KvPages& kv, int64_t lo, int64_t hi) HWY_ATTR { StreamShard<T>(view, kv, lo, hi, state); });
+  for (int64_t c = 0; c < view.cols; ++c) {
+    const float* from = state.o + c * state.v_stride;
+    const float inverse = state.l[c] > 0 ? 1.0f / state.l[c] : 0.0f;
+    float* out = view.Out(c);
+    for (int64_t d = 0; d < view.v_dim; ++d) out[d] = from[PackedAt<T>(d)] * inverse;
+    view.SetLse(c, state.m[c], state.l[c]);
+  }
+}
+
+bool StreamsPiece(const AttentionArgs& args, const PieceView& view) {
+  if (view.cols > kStreamCols) return false;
+  // Chunks of bf16 are words of two; shards of different types have no common order of a row.
+  if (args.k_dim % 2 != 0 || args.v_dim % 2 != 0) return false;
+  for (const KvPages& kv : view.task.kv) {
+    if (kv.dtype != view.task.kv.front().dtype) return false;
+  }
+  return true;
+}
+
+void StreamPiece(const AttentionArgs& args, const PieceView& view) {
+  if (view.task.kv.empty() || view.task.kv.front().dtype == DType::kBF16) {
+    StreamPieceOf<bf16>(args, view);
+  } else {
+    StreamPieceOf<float>(args, view);
+  }
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace weft
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,322 @@
+// Attention for many columns; attention.cc says how. Included once per Highway target.
+#if defined(WEFT_KERNELS_CPU_ATTENTION_TILED_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WEFT_KERNELS_CPU_ATTENTION_TILED_INL_H_
+#undef WEFT_KERNELS_CPU_ATTENTION_TILED_INL_H_
+#else
+#define WEFT_KERNELS_CPU_ATTENTION_TILED_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "hwy/highway.h"
+#include "weft/kernels/cpu/attention_plan.h"
+#include "weft/kernels/cpu/scratch.h"
+#include "weft/kernels/cpu/simd-inl.h"
+#include "weft/kernels/table.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace weft {
+namespace HWY_NAMESPACE {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Columns of a piece and keys of a tile. For head size 128 in f32: the columns' Q and O take 1 KiB a column, the tile's
+// K and V 1 KiB a key, and all of it is to stay in L2; a panel's Q (kTileCols x 128) and its scores (kTileCols x
+// kKeyTile) in L1. Unpacking the tile costs about as much as 3 columns' arithmetic, so it wants a few hundred columns.
+constexpr int64_t kMaxCols = 256;
+constexpr int64_t kKeyTile = 128;
+
+// The columns of one piece and where their results go.
+struct PieceView {
+  PieceView(const AttentionArgs& args, const cpu::AttentionPiece& piece_in, float* outs, float* lses)
+      : task(args.tasks[static_cast<size_t>(piece_in.task)]),
+        piece(piece_in),
+        group(args.q_heads / args.kv_heads),
+        cols(piece.col1 - piece.col0),
+        k_dim(args.k_dim),
+        v_dim(args.v_dim),
+        partial_out(piece.partial < 0 ? nullptr : outs + piece.partial * args.v_dim),
+        partial_lse(piece.partial < 0 ? nullptr : lses + piece.partial) {}
+
+  int64_t Row(int64_t c) const { return (piece.col0 + c) / group; }
+  int64_t Head(int64_t c) const { return piece.kv_head * group + (piece.col0 + c) % group; }
+  const float* Query(int64_t c) const { return task.q + Row(c) * task.q_stride + Head(c) * k_dim; }
+  float* Out(int64_t c) const {
+    return partial_out != nullptr ? partial_out + c * v_dim : task.out + Row(c) * task.out_stride + Head(c) * v_dim;
+  }
+  // From the maximum (log2 units) and the sum of 2^(score - maximum).
+  void SetLse(int64_t c, float largest, float sum) const {
+    float* lse = partial_lse != nullptr ? partial_lse + c
+                 : task.lse != nullptr  ? task.lse + Row(c) * task.lse_stride + Head(c)
+                                        : nullptr;
+    if (lse == nullptr) return;
+    *lse = sum > 0 ? static_cast<float>(largest * kLn2 + std::log(static_cast<double>(sum))) : -kInfinity;
+  }
+
+  // Calls fn(kv, lo, hi) for the keys [lo, hi) of each shard that belong to the piece.
+  template <class Fn>
+  void ForShards(const Fn& fn) const {
+    int64_t before = 0;
+    for (const KvPages& kv : task.kv) {
+      const int64_t keys = kv.visible[Row(cols - 1)];
+      const int64_t lo = std::clamp<int64_t>(piece.key0 - before, 0, keys);
+      const int64_t hi = std::clamp<int64_t>(piece.key1 - before, 0, keys);
+      before += keys;
+      if (lo < hi) fn(kv, lo, hi);
+    }
+  }
+
+  const AttentionTask& task;
+  const cpu::AttentionPiece& piece;
+  int64_t group;
+  int64_t cols;
+  int64_t k_dim;
+  int64_t v_dim;
+  float* partial_out;
+  float* partial_lse;
+};
+
+// Element index of row `key` of KV head `head`.
+HWY_INLINE int64_t KeyIndex(const KvPages& kv, int64_t key, int64_t block_stride, int64_t head_offset, int64_t dim) {
+  if (kv.block_table == nullptr) return head_offset + key * dim;
+  return kv.block_table[key / kv.block_tokens] * block_stride + head_offset + key % kv.block_tokens * dim;
+}
+
+// Dimensions beyond kDepth lie in further blocks of the tile, kKeyTile * kRowStride floats each.
+constexpr int64_t kTileBlock = kKeyTile * kRowStride;
+
+template <typename T>
+void UnpackKeys(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset, int64_t dim,
+                int64_t key0, int64_t keys, float* to) {
+  for (int64_t i = 0; i < keys; ++i) {
+    const T* from = static_cast<const T*>(cache) + KeyIndex(kv, key0 + i, block_stride, head_offset, dim);
+    for (int64_t d = 0; d < dim; d += kDepth) {
+      ToFloats(from + d, std::min(kDepth, dim - d), to + d / kDepth * kTileBlock + i * kRowStride);
+    }
+  }
+}
+
+struct TiledState {
+  float* q;      // [k_dim, width]
+  float* o;      // [v_dim, width]
+  float* m;      // [width] running maximum
+  float* l;      // [width] running sum
+  int32_t* vis;  // [width] keys visible in the current shard
+};
+
+// Scores of `keys` keys x kVectors vectors of columns -> probabilities relative to the new maxima; alpha = what earlier
+// sums are to be multiplied by. Keys [0, full) are visible to all columns.
+template <int kVectors>
+void SoftmaxPanel(float* HWY_RESTRICT s, int64_t keys, int64_t full, int64_t key0, const TiledState& state,
+                  float* HWY_RESTRICT alpha) {
+  const DF d;
+  const DI di;
+  constexpr int64_t kWidth = kVectors * kLanes;
+  VF top[2][kVectors];
+  for (int v = 0; v < kVectors; ++v) top[0][v] = top[1][v] = hn::Load(d, state.m + v * kLanes);
+  int64_t key = 0;
+  for (; key + 2 <= full; key += 2) {
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        top[u][v] = hn::Max(top[u][v], hn::Load(d, s + (key + u) * kWidth + v * kLanes));
+      }
+    }
+  }
+  for (; key < full; ++key) {
+    for (int v = 0; v < kVectors; ++v) top[0][v] = hn::Max(top[0][v], hn::Load(d, s + key * kWidth + v * kLanes));
+  }
+  for (; key < keys; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      const auto seen = hn::Gt(hn::Load(di, state.vis + v * kLanes), hn::Set(di, static_cast<int32_t>(key0 + key)));
+      float* at = s + key * kWidth + v * kLanes;
+      const VF masked = hn::IfThenElse(hn::RebindMask(d, seen), hn::Load(d, at), hn::Set(d, -kInfinity));
+      hn::Store(masked, d, at);
+      top[0][v] = hn::Max(top[0][v], masked);
+    }
+  }
+  VF base[kVectors];
+  VF sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const VF largest = hn::Max(top[0][v], top[1][v]);
+    // A column that has seen nothing yet keeps -inf as its maximum; 0 instead makes exp2(-inf - 0) = 0, not a NaN.
+    base[v] = hn::IfThenZeroElse(hn::Eq(largest, hn::Set(d, -kInfinity)), largest);
+    hn::Store(Exp2(d, hn::Sub(hn::Load(d, state.m + v * kLanes), base[v])), d, alpha + v * kLanes);
+    hn::Store(largest, d, state.m + v * kLanes);
+    sum[v] = hn::Zero(d);
+  }
+  for (key = 0; key < keys; ++key) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = s + key * kWidth + v * kLanes;
+      const VF p = Exp2(d, hn::Sub(hn::Load(d, at), base[v]));
+      hn::Store(p, d, at);
+      sum[v] = hn::Add(sum[v], p);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    float* l = state.l + v * kLanes;
+    hn::Store(hn::MulAdd(hn::Load(d, l), hn::Load(d, alpha + v * kLanes), sum[v]), d, l);
+  }
+}
+
+// One panel of columns against the unpacked keys [key0, key0 + keys) of a shard.
+template <int kVectors>
+void AttendPanel(const PieceView& view, const TiledState& state, const float* k_tile, const float* v_tile, int64_t key0,
+                 int64_t keys, int64_t full, float* HWY_RESTRICT s) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const Strips key_strips(keys);
+  int64_t key = 0;
+  for (int64_t strip = 0; strip < key_strips.count; ++strip) {
+    const int64_t height = key_strips.HeightOf(strip);
+    const TileFn tile = TileOf<kVectors, kRowStride, 1>(height);
+    for (int64_t d = 0; d < view.k_dim; d += kDepth) {
+      tile(k_tile + d / kDepth * kTileBlock + key * kRowStride, state.q + d * kWidth, std::min(kDepth, view.k_dim - d),
+           s + key * kWidth, kWidth, d == 0 ? TileStore::kSet : TileStore::kAdd, nullptr);
+    }
+    key += height;
+  }
+  HWY_ALIGN float alpha[kWidth];
+  SoftmaxPanel<kVectors>(s, keys, full, key0, state, alpha);
+  for (int64_t block = 0; block < view.v_dim; block += kDepth) {
+    const Strips strips(std::min(kDepth, view.v_dim - block));
+    int64_t d = 0;
+    for (int64_t strip = 0; strip < strips.count; ++strip) {
+      const int64_t height = strips.HeightOf(strip);
+      TileOf<kVectors, 1, kRowStride>(height)(v_tile + block / kDepth * kTileBlock + d, s, keys,
+                                              state.o + (block + d) * kWidth, kWidth, TileStore::kScaleAdd, alpha);
+      d += height;
+    }
+  }
+}
+
+// to[d * width + c] = query c, element d, scaled; missing columns are 0.
+void PackQueries(const PieceView& view, int64_t c0, int64_t count, int64_t width, float scale, float* to) {
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4) {
+    const float* rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = view.Query(c0 + c + i);
+    int64_t d = 0;
+    for (; d + 4 <= view.k_dim; d += 4) {
+      const float* from[4] = {rows[0] + d, rows[1] + d, rows[2] + d, rows[3] + d};
+      Transpose4x4(from, to + d * width + c, width, scale);
+    }
+    for (; d < view.k_dim; ++d) {
+      for (int i = 0; i < 4; ++i) to[d * width + c + i] = rows[i][d] * scale;
+    }
+  }
+  for (; c < width; ++c) {
+    const float* row = c < count ? view.Query(c0 + c) : nullptr;
+    for (int64_t d = 0; d < view.k_dim; ++d) to[d * width + c] = row != nullptr ? row[d] * scale : 0.0f;
+  }
+}
+
+void StoreColumns(const PieceView& view, int64_t c0, int64_t count, int64_t width, const TiledState& state) {
+  int64_t c = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    // Dividing the columns where they lie side by side; a column that saw no key is 0 already.
+    if (i < count) view.SetLse(c0 + i, state.m[i], state.l[i]);
+    state.l[i] = state.l[i] > 0 ? 1.0f / state.l[i] : 0.0f;
+  }
+  for (int64_t d = 0; d < view.v_dim; ++d) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      float* at = state.o + d * width + i;
+      hn::Store(hn::Mul(hn::Load(DF(), at), hn::Load(DF(), state.l + i)), DF(), at);
+    }
+  }
+  for (; c + 4 <= count; c += 4) {
+    int64_t d = 0;
+    for (; d + 4 <= view.v_dim; d += 4) {
+      const float* from[4];
+      HWY_ALIGN float block[16];
+      for (int i = 0; i < 4; ++i) from[i] = state.o + (d + i) * width + c;
+      Transpose4x4(from, block, 4, 1.0f);
+      for (int i = 0; i < 4; ++i) std::memcpy(view.Out(c0 + c + i) + d, block + 4 * i, 4 * sizeof(float));
+    }
+    for (; d < view.v_dim; ++d) {
+      for (int i = 0; i < 4; ++i) view.Out(c0 + c + i)[d] = state.o[d * width + c + i];
+    }
+  }
+  for (; c < count; ++c) {
+    float* out = view.Out(c0 + c);
+    for (int64_t d = 0; d < view.v_dim; ++d) out[d] = state.o[d * width + c];
+  }
+}
+
+void TilePiece(const AttentionArgs& args, const PieceView& view) {
+  constexpr int64_t kMaxPanels = kMaxCols / kTileCols + 1;
+  const int64_t panels = (view.cols + kTileCols - 1) / kTileCols;
+  const int64_t k_blocks = (view.k_dim + kDepth - 1) / kDepth;
+  const int64_t v_blocks = (view.v_dim + kDepth - 1) / kDepth;
+  const int64_t panel_floats = kTileCols * (view.k_dim + view.v_dim + 3);
+  float* memory = cpu::ScratchOf<float>(
+      cpu::ScratchSlot::kWork, (k_blocks + v_blocks) * kTileBlock + kKeyTile * kTileCols + panels * panel_floats);
+  float* k_tile = memory;
+  float* v_tile = k_tile + k_blocks * kTileBlock;
+  float* s = v_tile + v_blocks * kTileBlock;
+  float* next = s + kKeyTile * kTileCols;
+
+  TiledState states[kMaxPanels];
+  int64_t counts[kMaxPanels];
+  int64_t widths[kMaxPanels];
+  for (int64_t p = 0; p < panels; ++p) {
+    TiledState& state = states[p];
+    counts[p] = std::min(kTileCols, view.cols - p * kTileCols);
+    widths[p] = counts[p] <= kLanes ? kLanes : kTileCols;
+    state.q = next;
+    state.o = state.q + view.k_dim * kTileCols;
+    state.m = state.o + view.v_dim * kTileCols;
+    state.l = state.m + kTileCols;
+    state.vis = reinterpret_cast<int32_t*>(state.l + kTileCols);
+    next += panel_floats;
+    PackQueries(view, p * kTileCols, counts[p], widths[p], args.scale * kLog2E, state.q);
+    std::fill(state.o, state.o + view.v_dim * widths[p], 0.0f);
+    std::fill(state.m, state.m + widths[p], -kInfinity);
+    std::fill(state.l, state.l + widths[p], 0.0f);
+  }
+
+  view.ForShards([&](const KvPages& kv, int64_t lo, int64_t hi) HWY_ATTR {
+    for (int64_t p = 0; p < panels; ++p) {
+      // The missing columns see what the last one sees, so that they never make a block a masked one.
+      for (int64_t c = 0; c < widths[p]; ++c) {
+        states[p].vis[c] = kv.visible[view.Row(p * kTileCols + std::min(c, counts[p] - 1))];
+      }
+    }
+    const int64_t k_head = view.piece.kv_head * kv.k_head_stride;
+    const int64_t v_head = view.piece.kv_head * kv.v_head_stride;
+    for (int64_t key0 = lo; key0 < hi; key0 += kKeyTile) {
+      const int64_t keys = std::min(kKeyTile, hi - key0);
+      if (kv.dtype == DType::kBF16) {
+        UnpackKeys<bf16>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0, keys, k_tile);
+        UnpackKeys<bf16>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_tile);
+      } else {
+        UnpackKeys<float>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0, keys, k_tile);
+        UnpackKeys<float>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_tile);
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        const TiledState& state = states[p];
+        // Visible counts never fall from row to row: the first column sees the least, the last one the most.
+        const int64_t seen = std::min<int64_t>(keys, state.vis[widths[p] - 1] - key0);
+        if (seen <= 0) continue;
+        const int64_t full = std::clamp<int64_t>(state.vis[0] - key0, 0, seen);
+        if (widths[p] == kTileCols) {
+          AttendPanel<2>(view, state, k_tile, v_tile, key0, seen, full, s);
+        } else {
+          AttendPanel<1>(view, state, k_tile, v_tile, key0, seen, full, s);
+        }
+      }
+    }
+  });
+  for (int64_t p = 0; p < panels; ++p) StoreColumns(view, p * kTileCols, counts[p], widths[p], states[p]);
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace weft
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,331 @@
+// Every kernel but attention, on every backend, against sums in double written here.
+
+#include <numeric>
+
+#include "weft/core/error.h"
+#include "weft/kernels/kernels_testing.h"
+
+namespace weft {
+namespace {
+
+constexpr float kUntouched = 1234.5f;
+
+class LinearTest : public KernelTest {
+ protected:
+  // Random weights as the table is to see them: rounded where they are kept in bf16.
+  struct Weights {
+    std::vector<float> values;  // [n, k]
+    PackedWeights packed;
+  };
+
+  Weights MakeWeights(int64_t n, int64_t k, DType dtype, DType src_dtype) {
+    Weights w;
+    w.values = Normal(n * k, 0.3f);
+    const int64_t stride = k + Int(0, 3);
+    std::vector<float> source(static_cast<size_t>(n * stride), std::nanf(""));
+    std::vector<bf16> source16(source.size(), ToBf16(std::nanf("")));
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t p = 0; p < k; ++p) {
+        float& value = w.values[static_cast<size_t>(j * k + p)];
+        source[static_cast<size_t>(j * stride + p)] = value;
+        source16[static_cast<size_t>(j * stride + p)] = ToBf16(value);
+        if (dtype == DType::kBF16 || src_dtype == DType::kBF16) value = ToFloat(ToBf16(value));
+      }
+    }
+    w.packed.dtype = dtype;
+    w.packed.n = n;
+    w.packed.k = k;
+    // In one piece or in several, as a loader would bring them.
+    const int64_t step = Coin() ? n : PackedWeights::kPanel * Int(1, 3);
+    for (int64_t row = 0; row < n; row += step) {
+      const void* from = src_dtype == DType::kF32 ? static_cast<const void*>(source.data() + row * stride)
+                                                  : static_cast<const void*>(source16.data() + row * stride);
+      table().pack_weights(from, src_dtype, stride, row, std::min(step, n - row), w.packed);
+    }
+    return w;
+  }
+
+  void Check(int64_t m, int64_t n, int64_t k) {
+    const DType dtype = OneOf({DType::kBF16, DType::kF32});
+    const bool with_bias = Coin();
+    const bool accumulate = Coin();
+    SCOPED_TRACE(fmt::format("m {} n {} k {} {} bias {} accumulate {}", m, n, k, NameOf(dtype), with_bias, accumulate));
+    const Weights w = MakeWeights(n, k, dtype, OneOf({DType::kBF16, DType::kF32}));
+    const int64_t x_stride = k + Int(0, 5);
+    const int64_t y_stride = n + Int(0, 5);
+    std::vector<float> x(static_cast<size_t>(m * x_stride), std::nanf(""));
+    for (int64_t i = 0; i < m; ++i) {
+      const std::vector<float> row = Normal(k);
+      std::copy(row.begin(), row.end(), x.begin() + i * x_stride);
+    }
+    const std::vector<float> bias = Normal(n);
+    const std::vector<float> before = Normal(m * y_stride);
+    std::vector<float> y = before;
+    table().linear({.x = x.data(),
+                    .x_stride = x_stride,
+                    .m = m,
+                    .w = &w.packed,
+                    .bias = with_bias ? bias.data() : nullptr,
+                    .y = y.data(),
+                    .y_stride = y_stride,
+                    .accumulate = accumulate},
+                   pool());
+    for (int64_t i = 0; i < m; ++i) {
+      const double x_norm = Norm(&x[static_cast<size_t>(i * x_stride)], k);
+      for (int64_t j = 0; j < y_stride; ++j) {
+        const size_t at = static_cast<size_t>(i * y_stride + j);
+        if (j >= n) {
+          ASSERT_EQ(y[at], before[at]) << "wrote behind row " << i;
+          continue;
+        }
+        double want = 0;
+        for (int64_t p = 0; p < k; ++p) {
+          want +=
+              static_cast<double>(x[static_cast<size_t>(i * x_stride + p)]) * w.values[static_cast<size_t>(j * k + p)];
+        }
+        double size = std::sqrt(static_cast<double>(k)) * x_norm * Norm(&w.values[static_cast<size_t>(j * k)], k);
+        if (with_bias) {
+          want += bias[static_cast<size_t>(j)];
+          size += std::abs(bias[static_cast<size_t>(j)]);
+        }
+        if (accumulate) {
+          want += before[at];
+          size += std::abs(before[at]);
+        }
+        ASSERT_NEAR(y[at], want, kEps * (size + std::abs(want))) << "row " << i << " column " << j;
+      }
+    }
+  }
+};
+WEFT_FOR_ALL_BACKENDS(LinearTest);
+
+TEST_P(LinearTest, SmallShapes) {
+  for (int i = 0; i < 60; ++i) Check(Int(1, 20), Int(1, 70), Int(1, 90));
+  Check(1, 5, 37);
+}
+
+TEST_P(LinearTest, EveryFewRows) {
+  for (int64_t m = 1; m <= 26; ++m) Check(m, Int(1, 80), Int(1, 300));
+}
+
+TEST_P(LinearTest, MoreThanOneCacheBlock) {
+  Check(Int(100, 150), Int(30, 100), Int(500, 900));
+  Check(Int(500, 700), Int(20, 50), Int(200, 300));
+  Check(Int(4, 9), Int(300, 600), Int(500, 800));
+  Check(Int(40, 60), Int(300, 400), 256);
+}
+
+TEST_P(LinearTest, NoRows) {
+  const Weights w = MakeWeights(20, 8, DType::kBF16, DType::kF32);
+  float y = kUntouched;
+  table().linear({.x = &y, .x_stride = 8, .m = 0, .w = &w.packed, .y = &y, .y_stride = 20}, pool());
+  EXPECT_EQ(y, kUntouched);
+}
+
+TEST_P(LinearTest, UnpackRowGivesTheWeightsBack) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    const int64_t n = Int(1, 60);
+    const int64_t k = Int(1, 600);
+    const Weights w = MakeWeights(n, k, dtype, OneOf({DType::kBF16, DType::kF32}));
+    for (int64_t j = 0; j < n; ++j) {
+      std::vector<float> row(static_cast<size_t>(k) + 1, kUntouched);
+      table().unpack_row(w.packed, j, row.data());
+      EXPECT_TRUE(std::equal(row.begin(), row.end() - 1, w.values.begin() + j * k)) << "row " << j;
+      EXPECT_EQ(row.back(), kUntouched);
+    }
+  }
+}
+
+class ElementwiseTest : public KernelTest {};
+WEFT_FOR_ALL_BACKENDS(ElementwiseTest);
+
+TEST_P(ElementwiseTest, RmsNorm) {
+  for (int i = 0; i < 30; ++i) {
+    const int64_t rows = Int(1, 40);
+    const int64_t cols = i == 0 ? 3000 : Int(1, 300);
+    const int64_t stride = cols + Int(0, 3);
+    const float scale = OneOf({1e-5f, 1.0f, 1e5f});
+    const float eps = OneOf({1e-6f, 1e-5f});
+    const std::vector<float> x = Normal(rows * stride, scale);
+    const std::vector<float> weight = Normal(cols);
+    std::vector<float> y(x.size(), kUntouched);
+    const bool in_place = Coin();
+    if (in_place) y = x;
+    table().rms_norm(in_place ? y.data() : x.data(), stride, weight.data(), eps, y.data(), stride, rows, cols, pool());
+    for (int64_t r = 0; r < rows; ++r) {
+      const double norm = Norm(&x[static_cast<size_t>(r * stride)], cols);
+      const double inverse = 1 / std::sqrt(norm * norm / static_cast<double>(cols) + eps);
+      for (int64_t c = 0; c < stride; ++c) {
+        const size_t at = static_cast<size_t>(r * stride + c);
+        if (c >= cols) {
+          ASSERT_EQ(y[at], in_place ? x[at] : kUntouched);
+          continue;
+        }
+        const double want = x[at] * inverse * weight[static_cast<size_t>(c)];
+        // Three roundings, and half of the relative error of the sum of squares.
+        ASSERT_NEAR(y[at], want, kEps * (4 + std::log2(static_cast<double>(cols))) * std::abs(want)) << r << " " << c;
+      }
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, Add) {
+  const int64_t rows = Int(1, 60);
+  const int64_t cols = Int(1, 700);
+  const int64_t stride = cols + 2;
+  const std::vector<float> before = Normal(rows * stride);
+  const std::vector<float> delta = Normal(rows * cols);
+  std::vector<float> x = before;
+  table().add(x.data(), stride, delta.data(), cols, rows, cols, pool());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < stride; ++c) {
+      const size_t at = static_cast<size_t>(r * stride + c);
+      ASSERT_EQ(x[at], c < cols ? before[at] + delta[static_cast<size_t>(r * cols + c)] : before[at]);
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, Swiglu) {
+  const int64_t rows = Int(1, 30);
+  const int64_t cols = Int(1, 700);
+  std::vector<float> gate_up = Normal(rows * 2 * cols, OneOf({1.0f, 10.0f, 100.0f}));
+  gate_up[0] = 0.0f;
+  std::vector<float> out(static_cast<size_t>(rows * cols), kUntouched);
+  table().swiglu(gate_up.data(), 2 * cols, gate_up.data() + cols, 2 * cols, out.data(), cols, rows, cols, pool());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const double g = gate_up[static_cast<size_t>(r * 2 * cols + c)];
+      const double up = gate_up[static_cast<size_t>(r * 2 * cols + cols + c)];
+      const double want = g / (1 + std::exp(-g)) * up;
+      // Below -87 silu may be flushed to 0: less than 1e-36.
+      ASSERT_NEAR(out[static_cast<size_t>(r * cols + c)], want, 6 * kEps * std::abs(want) + 1e-34 * std::abs(up)) << g;
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, Rope) {
+  for (int i = 0; i < 20; ++i) {
+    const int64_t rows = Int(1, 30);
+    const int64_t heads = Int(1, 5);
+    const int64_t head_dim = 2 * Int(1, 70);
+    const int64_t rotary = Coin() ? head_dim : 2 * Int(1, head_dim / 2);
+    const int64_t head_stride = head_dim + Int(0, 3);
+    const int64_t row_stride = heads * head_stride + Int(0, 3);
+    const bool interleaved = Coin();
+    SCOPED_TRACE(
+        fmt::format("rows {} heads {} dim {} rotary {} interleaved {}", rows, heads, head_dim, rotary, interleaved));
+    const std::vector<float> cos_sin = Normal(50 * rotary);
+    std::vector<int32_t> positions(static_cast<size_t>(rows));
+    for (int32_t& position : positions) position = static_cast<int32_t>(Int(0, 49));
+    const std::vector<float> before = Normal(rows * row_stride);
+    std::vector<float> x = before;
+    table().rope({.x = x.data(),
+                  .row_stride = row_stride,
+                  .head_stride = head_stride,
+                  .rows = rows,
+                  .heads = heads,
+                  .rotary_dim = rotary,
+                  .positions = positions.data(),
+                  .cos_sin = cos_sin.data(),
+                  .interleaved = interleaved},
+                 pool());
+    std::vector<double> want(before.begin(), before.end());
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* cosines = &cos_sin[static_cast<size_t>(positions[static_cast<size_t>(r)] * rotary)];
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t d = 0; d < rotary / 2; ++d) {
+          const int64_t head = r * row_stride + h * head_stride;
+          const size_t first = static_cast<size_t>(head + (interleaved ? 2 * d : d));
+          const size_t second = static_cast<size_t>(head + (interleaved ? 2 * d + 1 : d + rotary / 2));
+          const double c = cosines[d];
+          const double s = cosines[rotary / 2 + d];
+          want[first] = before[first] * c - before[second] * s;
+          want[second] = before[second] * c + before[first] * s;
+        }
+      }
+    }
+    for (size_t at = 0; at < x.size(); ++at) ASSERT_NEAR(x[at], want[at], 4 * kEps * 20) << at;
+  }
+}
+
+TEST_P(ElementwiseTest, SumPartsInOrderAndInPlace) {
+  const int64_t count = Int(1, 40000);
+  std::vector<std::vector<float>> parts;
+  std::vector<const float*> pointers;
+  for (int64_t i = Int(1, 5); i > 0; --i) parts.push_back(Normal(count));
+  for (const auto& part : parts) pointers.push_back(part.data());
+  std::vector<float> want(static_cast<size_t>(count), 0.0f);
+  for (const auto& part : parts) {
+    for (size_t i = 0; i < want.size(); ++i) want[i] += part[i];
+  }
+  std::vector<float> out(want.size());
+  table().sum_parts(pointers, count, out.data(), pool());
+  EXPECT_EQ(out, want);  // bit for bit: every rank must get the same sum
+  table().sum_parts(pointers, count, parts[0].data(), pool());
+  EXPECT_EQ(parts[0], want);
+}
+
+class SamplingTest : public KernelTest {};
+WEFT_FOR_ALL_BACKENDS(SamplingTest);
+
+TEST_P(SamplingTest, ArgmaxTakesTheLowestIndex) {
+  for (int i = 0; i < 50; ++i) {
+    std::vector<float> x = Normal(Int(1, 5000));
+    if (Coin()) std::fill(x.begin(), x.end(), -kInf);
+    const int64_t size = static_cast<int64_t>(x.size());
+    const int64_t first = Int(0, size - 1);
+    x[static_cast<size_t>(first)] = 10.0f;
+    x[static_cast<size_t>(Int(first, size - 1))] = 10.0f;
+    EXPECT_EQ(table().argmax(x.data(), size), first);
+  }
+  const std::vector<float> none(20, -kInf);
+  EXPECT_EQ(table().argmax(none.data(), 20), 0);
+}
+
+TEST_P(SamplingTest, LogSumExpAndSoftmax) {
+  for (int i = 0; i < 40; ++i) {
+    const int64_t n = i == 0 ? 150001 : Int(1, 3000);
+    std::vector<float> x = Normal(n, OneOf({0.1f, 3.0f, 30.0f}));
+    const float shift = OneOf({0.0f, -20000.0f, 20000.0f});
+    for (float& value : x) value += shift;
+    for (int64_t k = Int(0, 3); k > 0; --k) x[static_cast<size_t>(Int(0, n - 1))] = -kInf;
+    if (n == 1) x[0] = 2.0f;
+    const double largest = *std::max_element(x.begin(), x.end());
+    double sum = 0;
+    for (const float value : x) sum += std::exp(value - largest);
+    const double want = largest + std::log(sum);
+    EXPECT_NEAR(table().log_sum_exp(x.data(), n), want, kEps * (std::abs(want) + 16));
+    std::vector<float> p = x;
+    table().softmax(p.data(), n);
+    double total = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const size_t at = static_cast<size_t>(j);
+      if (x[at] == -kInf) {
+        ASSERT_EQ(p[at], 0.0f);
+        continue;
+      }
+      const double wanted = std::exp(x[at] - largest) / sum;
+      // The difference to the maximum is rounded, and an exponential grows by as much as its argument.
+      ASSERT_NEAR(p[at], wanted, (16 + std::abs(x[at] - largest)) * kEps * wanted + 1e-37) << x[at] << " of " << n;
+      total += p[at];
+    }
+    EXPECT_NEAR(total, 1.0, 16 * kEps);
+  }
+}
+
+TEST_P(SamplingTest, NothingLeft) {
+  std::vector<float> x(33, -kInf);
+  EXPECT_EQ(table().log_sum_exp(x.data(), 33), -kInf);
+  table().softmax(x.data(), 33);
+  EXPECT_EQ(x, std::vector<float>(33, 0.0f));
+}
+
+TEST(KernelsByName, NamesAndError) {
+  EXPECT_EQ(KernelsByName("ref").name, "ref");
+  EXPECT_EQ(KernelsByName("cpu").name, "cpu");
+  EXPECT_EQ(&KernelsByName("auto"), &CpuKernels());
+  EXPECT_THROW(KernelsByName("gpu"), Error);
+}
+
+}  // namespace
+}  // namespace weft

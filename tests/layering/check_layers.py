@@ -22,6 +22,7 @@ class Target:
         self.folder = folder
         self.name = name
         self.is_library = kind.endswith("LIBRARY")
+        self.is_folder = name == f"weft_{folder}"  # the library of its folder, not a helper of tests
         self.deps = deps  # names of targets
         self.sources = sources  # paths relative to src/weft
 
@@ -74,8 +75,11 @@ def closure(target, by_name):
 
 
 def check_includes(root, level_of, errors):
-    """Checks every include against the order; returns file -> {included folder: line of its first include}."""
-    used = {}
+    """Checks every include against the order.
+
+    Returns file -> {included folder: line of its first include}, and file -> files of src/weft that it includes.
+    """
+    used, headers_of = {}, {}
     for path in sorted((root / "src/weft").rglob("*")):
         if path.suffix not in SOURCE_SUFFIXES or not path.is_file():
             continue
@@ -100,9 +104,10 @@ def check_includes(root, level_of, errors):
                 errors.append(f"{shown}:{line}: {included} is in no folder of the layers list")
                 continue
             folders.setdefault(other, line)
+            headers_of.setdefault(relative.as_posix(), []).append(included.removeprefix("weft/"))
             if other != folder and level_of[other] >= level_of[folder]:
                 errors.append(f"{shown}:{line}: {folder} must not include {included}: {other} is not below {folder}")
-    return used
+    return used, headers_of
 
 
 def check_folders(root, level_of, targets, errors):
@@ -118,44 +123,57 @@ def check_folders(root, level_of, targets, errors):
             errors.append(f"CMakeLists.txt: takes {before} before {after}, against the layers list")
 
 
-def check_targets(root, level_of, targets, used, errors):
+def is_header(file):
+    return pathlib.PurePosixPath(file).suffix not in COMPILED_SUFFIXES
+
+
+def own_files(sources, folder, headers_of):
+    """The sources and the headers of `folder` that they include, directly or through each other."""
+    seen, todo = set(), list(sources)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += [h for h in headers_of.get(file, ()) if h.split("/")[0] == folder]
+    return seen
+
+
+def check_targets(level_of, targets, used, headers_of, errors):
     by_name = {t.name: t for t in targets}
-    compiled = set()
+    files_of = {t.name: own_files(t.sources, t.folder, headers_of) for t in targets}
+    compiled = {source for t in targets for source in t.sources}
+    reached_files = set().union(*files_of.values())
     for target in targets:
-        compiled.update(target.sources)
         where = f"src/weft/{target.folder}/CMakeLists.txt: {target.name}"
-        deps = {by_name[d].folder if d in by_name else d.removeprefix("weft_"): d for d in target.deps}
-        for folder in deps:
-            if folder not in level_of or folder == target.folder:
-                continue
+
+        def folder_of(name):
+            return by_name[name].folder if name in by_name else name.removeprefix("weft_")
+
+        direct = {folder_of(d) for d in target.deps} & set(level_of)
+        reached = {folder_of(d) for d in closure(target, by_name)}
+        for folder in sorted(direct - {target.folder}):
             if target.is_library and level_of[folder] >= level_of.get(target.folder, 0):
                 errors.append(f"{where} depends on {folder}, which is not below {target.folder}")
             elif not target.is_library and level_of[folder] > level_of.get(target.folder, 0):
                 errors.append(f"{where} depends on {folder}, which is above {target.folder}")
-        # A library names each folder that it includes; a program may rely on what its libraries bring.
-        reach = closure(target, by_name)
-        reached = {by_name[d].folder if d in by_name else d.removeprefix("weft_") for d in reach}
-        declared = set(deps) if target.is_library else reached
-        own_library = target.is_library or target.folder in reached
-        files = list(target.sources)
-        if target.is_library:  # Headers belong to the library of their folder.
-            headers = [f for f in used if f.split("/")[0] == target.folder]
-            files += [f for f in headers if pathlib.PurePosixPath(f).suffix not in COMPILED_SUFFIXES]
+        files = files_of[target.name]
+        if target.is_folder:  # Headers that nothing in the folder includes are part of its interface.
+            files = files | ({f for f in used if f.split("/")[0] == target.folder and is_header(f)} - reached_files)
+        else:  # What the folder's library includes is that library's to declare.
+            files = files - files_of.get(f"weft_{target.folder}", set())
         wanted = {}
-        for file in dict.fromkeys(files):
+        for file in sorted(files):
             for folder, line in used.get(file, {}).items():
-                if folder != target.folder or not own_library:
-                    wanted.setdefault(folder, f"src/weft/{file}:{line}")
-        for folder in sorted(set(wanted) - declared):
-            # A program whose folder has no library (cli, or a test of plain headers) includes its own headers.
-            if folder == target.folder and not any(t.is_library and t.folder == folder for t in targets):
-                continue
+                wanted.setdefault(folder, f"src/weft/{file}:{line}")
+        # The library of a folder names each folder that it includes; programs and helpers of tests may rely on what
+        # their libraries bring.
+        for folder in sorted(set(wanted) - (direct if target.is_folder else reached) - {target.folder}):
             errors.append(f"{where} lacks the dependency {folder} that {wanted[folder]} includes")
-        if target.is_library:
-            for folder in sorted(declared - set(wanted) - {target.folder}):
+        if target.is_folder:
+            for folder in sorted(direct - set(wanted) - {target.folder}):
                 errors.append(f"{where} declares the dependency {folder}, which nothing in it includes")
     for file in sorted(used):
-        if pathlib.PurePosixPath(file).suffix in COMPILED_SUFFIXES and file not in compiled:
+        if not is_header(file) and file not in compiled:
             errors.append(f"src/weft/{file}: no CMake target compiles it")
 
 
@@ -166,8 +184,8 @@ def check(root, targets_text):
     level_of = read_layers((root / "docs/architecture.md").read_text(encoding="utf-8"))
     targets = read_targets(targets_text)
     check_folders(root, level_of, targets, errors)
-    used = check_includes(root, level_of, errors)
-    check_targets(root, level_of, targets, used, errors)
+    used, headers_of = check_includes(root, level_of, errors)
+    check_targets(level_of, targets, used, headers_of, errors)
     return errors, len(used), len(targets)
 
 

@@ -104,9 +104,17 @@ class CheckLayers(unittest.TestCase):
         errors = self.errors({"cli/main.cc": '#include "weft/text/tokenizer.h"\n'})
         self.assert_one(errors, "weft lacks the dependency text")
 
-    def test_test_that_does_not_link_its_own_library(self):
-        errors = self.errors(targets=relinked("runner_test", "weft_core"))
-        self.assert_one(errors, "runner_test lacks the dependency runner")
+    def test_program_that_does_not_link_what_its_headers_include(self):
+        errors = self.errors({"runner/test_support.h": '#include "weft/text/tokenizer.h"\n',
+                              "runner/runner_test.cc": '#include "weft/runner/test_support.h"\n'})
+        self.assert_one(errors, "runner_test lacks the dependency text", "src/weft/runner/test_support.h:1")
+
+    def test_headers_of_a_second_library_are_not_the_folders(self):
+        changed = {"runner/fakes.cc": '#include "weft/runner/fakes.h"\n',
+                   "runner/fakes.h": '#include "weft/text/tokenizer.h"\n'}
+        fakes = TARGETS + "runner|weft_runner_fakes|STATIC_LIBRARY|{}|runner/fakes.cc\n"
+        self.assertEqual(self.errors(changed, targets=fakes.format("weft_text")), [])
+        self.assert_one(self.errors(changed, targets=fakes.format("weft_api")), "weft_runner_fakes lacks the dependency text")
 
     def test_dependency_that_nothing_includes(self):
         errors = self.errors(targets=relinked("weft_runner", "weft_api;weft_text"))

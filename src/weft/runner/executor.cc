@@ -8,6 +8,7 @@
 #include "weft/core/error.h"
 #include "weft/core/log.h"
 #include "weft/kernels/table.h"
+#include "weft/model/progress.h"
 #include "weft/model/transformer.h"
 #include "weft/parallel/groups.h"
 #include "weft/parallel/rank_threads.h"
@@ -94,10 +95,17 @@ class ThreadExecutor : public StepExecutor {
 
   void LoadAllWeights(const Checkpoint& checkpoint, int threads) {
     ThreadPool pool(threads);
+    int64_t elements = 0;
+    for (const ModelTensor& tensor : ModelTensors(config_)) elements += tensor.elements();
+    LoadProgress::Options show;
+    if (!options_.progress) show.mode = LoadProgress::Mode::kOff;
+    LoadProgress progress("Loading weights", elements * static_cast<int64_t>(SizeOf(options_.dtype)), show);
     const int tp = options_.parallel.tensor_parallel;
     for (int i = 0; i < tp; ++i) {
-      weights_.push_back(LoadWeights(checkpoint, tp, i, options_.dtype, kernels_, pool, [](int64_t) {}));
+      weights_.push_back(
+          LoadWeights(checkpoint, tp, i, options_.dtype, kernels_, pool, [&](int64_t bytes) { progress.Add(bytes); }));
     }
+    progress.Finish();
   }
 
   void MakeRank(int index, const std::vector<int>& cpus) {

@@ -1,5 +1,6 @@
 // bench_kernels: the speed of the kernels on Qwen3-0.6B's shapes, as shares of what the machine can do.
-//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|attention|small] [--seconds S]
+//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|attention|small] [--shape NAME] [--seconds S]
+//                 [--rows M ...] [--depths N ...] [--cpu-time]
 
 #include <fmt/format.h>
 
@@ -22,6 +23,8 @@ struct Options {
   int threads = 0;
   std::string only;
   double seconds = 0.2;
+  Clock clock = Clock::kWall;
+  std::string shape;
   std::vector<int64_t> depths = {512, 4096, 16384};
   std::vector<int64_t> rows = {1, 4, 16, 64, 512, 4096};
 };
@@ -63,6 +66,7 @@ void BenchLinear(const KernelTable& table, ThreadPool& pool, const MachineLimits
     std::printf("\nlinear, %s weights (median; share of FMA / of read bandwidth; best)\n",
                 std::string(NameOf(dtype)).c_str());
     for (const Shape& shape : kShapes) {
+      if (!options.shape.empty() && options.shape != shape.name) continue;
       const int64_t bytes = shape.n * shape.k * static_cast<int64_t>(SizeOf(dtype));
       const int64_t copies = std::max<int64_t>(1, std::min<int64_t>(kColdBytes / bytes, 64));
       Buffer source(static_cast<size_t>(shape.n * shape.k) * sizeof(float));
@@ -91,7 +95,7 @@ void BenchLinear(const KernelTable& table, ThreadPool& pool, const MachineLimits
                            pool);
               next = (next + 1) % weights.size();
             },
-            5, options.seconds);
+            5, options.seconds, options.clock);
         const double flop = 2.0 * static_cast<double>(m * shape.n * shape.k);
         std::printf("  %-10s m=%-5ld %10.1f us  %7.1f GFLOP/s %s  %6.1f GB/s %s   best %s %s\n", shape.name, m,
                     timing.median_s * 1e6, flop / timing.median_s / kGiga,
@@ -189,8 +193,8 @@ void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLim
         visible[i] = static_cast<int32_t>(depth - kRows) + static_cast<int32_t>(i) + 1;
         keys += visible[i];
       }
-      const Timing timing =
-          Measure([&] { run(depth, kRows, cache, visible, q.data(), out.data(), lse.data()); }, 5, options.seconds);
+      const Timing timing = Measure([&] { run(depth, kRows, cache, visible, q.data(), out.data(), lse.data()); }, 5,
+                                    options.seconds, options.clock);
       const double flop = 4.0 * keys * heads.q_heads * heads.dim;
       std::printf("  prefill depth=%-6ld %10.1f us  %7.1f GFLOP/s %s   best %s\n", depth, timing.median_s * 1e6,
                   flop / timing.median_s / kGiga, Share(flop / timing.median_s / kGiga, limits.fma_gflops.all).c_str(),
@@ -219,7 +223,7 @@ void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLim
                              .scale = 0.1f},
                             pool);
           },
-          20, options.seconds);
+          20, options.seconds, options.clock);
       const double rate = static_cast<double>(bytes) / kGiga;
       std::printf("  decode  depth=%-6ld %10.1f us  %7.1f GB/s    %s   best %s\n", depth, timing.median_s * 1e6,
                   rate / timing.median_s, Share(rate / timing.median_s, limits.read_gb_s.all).c_str(),
@@ -245,7 +249,8 @@ void BenchSmall(const KernelTable& table, ThreadPool& pool, const Options& optio
     std::vector<bf16> cache(static_cast<size_t>((rows + 16) * 2 * kHidden));
     FillRandom(x.data(), static_cast<int64_t>(x.size()), 2.0f);
     auto report = [&](const char* name, FunctionRef<void()> fn) {
-      std::printf("  %-12s rows=%-4ld %10.2f us\n", name, rows, Measure(fn, 5, options.seconds / 4).median_s * 1e6);
+      std::printf("  %-12s rows=%-4ld %10.2f us\n", name, rows,
+                  Measure(fn, 5, options.seconds / 4, options.clock).median_s * 1e6);
     };
     report("rms_norm",
            [&] { table.rms_norm(x.data(), kHidden, weight.data(), 1e-6f, y.data(), kHidden, rows, kHidden, pool); });
@@ -282,7 +287,8 @@ void BenchSmall(const KernelTable& table, ThreadPool& pool, const Options& optio
   std::vector<float> logits(151936);
   FillRandom(logits.data(), static_cast<int64_t>(logits.size()), 20.0f);
   auto report = [&](const char* name, FunctionRef<void()> fn) {
-    std::printf("  %-12s 151936   %10.2f us\n", name, Measure(fn, 5, options.seconds / 4).median_s * 1e6);
+    std::printf("  %-12s 151936   %10.2f us\n", name,
+                Measure(fn, 5, options.seconds / 4, options.clock).median_s * 1e6);
   };
   int64_t sink = 0;
   report("argmax", [&] { sink += table.argmax(logits.data(), static_cast<int64_t>(logits.size())); });
@@ -301,18 +307,26 @@ int Main(int argc, char** argv) {
   app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
   app.add_option("--depths", options.depths, "context lengths for attention");
   app.add_option("--rows", options.rows, "rows for linear");
+  app.add_option("--shape", options.shape, "linear: only the shape of this name");
+  bool cpu_time = false;
+  app.add_flag("--cpu-time", cpu_time, "time on the CPU instead of time that passed; one thread only");
   CLI11_PARSE(app, argc, argv);
-  const std::vector<int> cpus = AllowedCpus();
-  if (options.threads <= 0) options.threads = static_cast<int>(cpus.size());
+  // One thread in a process of its own is left to the scheduler: it knows which CPU has time.
+  const std::vector<int> cpus = cpu_time ? std::vector<int>() : AllowedCpus();
+  if (options.threads <= 0) options.threads = static_cast<int>(AllowedCpus().size());
+  if (cpu_time) {
+    options.clock = Clock::kThreadCpu;
+    options.threads = 1;
+  }
   ThreadPool pool(options.threads, cpus);
   const KernelTable& table = KernelsByName(options.kernels);
-  const MachineLimits limits = MeasureMachineLimits(pool);
+  const MachineLimits limits = MeasureMachineLimits(pool, options.clock);
   std::printf("%skernels: %s, %s\n", Describe(limits).c_str(), std::string(table.name).c_str(),
               std::string(table.target).c_str());
   if (options.only.empty() || options.only == "linear") BenchLinear(table, pool, limits, options);
   if (options.only.empty() || options.only == "attention") BenchAttention(table, pool, limits, options);
   if (options.only.empty() || options.only == "small") BenchSmall(table, pool, options);
-  std::printf("\n%s", Describe(MeasureMachineLimits(pool)).c_str());
+  std::printf("\n%s", Describe(MeasureMachineLimits(pool, options.clock)).c_str());
   return 0;
 }
 

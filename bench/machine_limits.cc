@@ -1,6 +1,7 @@
 #include "machine_limits.h"
 
 #include <fmt/format.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -74,21 +75,28 @@ namespace {
 HWY_EXPORT(FmaRounds);
 HWY_EXPORT(ReadBytes);
 
-double Seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double Seconds(Clock clock) {
+  if (clock == Clock::kThreadCpu) {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // Work per second when `threads` threads of the pool call work(thread) once: the best of several tries.
-double BestRate(ThreadPool& pool, int threads, FunctionRef<double(int thread)> work) {
+double BestRate(ThreadPool& pool, Clock clock, int threads, FunctionRef<double(int thread)> work) {
   constexpr int kTries = 8;
   double best = 0;
   std::vector<double> done(static_cast<size_t>(threads));
   for (int i = 0; i < kTries; ++i) {
-    const double start = Seconds();
+    const double start = Seconds(clock);
     if (threads == 1) {
       done[0] = work(0);
     } else {
       pool.RunOnAll([&](int thread) { done[static_cast<size_t>(thread)] = work(thread); });
     }
-    const double elapsed = Seconds() - start;
+    const double elapsed = Seconds(clock) - start;
     double total = 0;
     for (const double d : done) total += d;
     best = std::max(best, total / elapsed);
@@ -96,22 +104,22 @@ double BestRate(ThreadPool& pool, int threads, FunctionRef<double(int thread)> w
   return best;
 }
 
-Rate MeasureRate(ThreadPool& pool, FunctionRef<double(int thread)> work) {
+Rate MeasureRate(ThreadPool& pool, Clock clock, FunctionRef<double(int thread)> work) {
   Rate rate;
-  rate.one = BestRate(pool, 1, work) * 1e-9;
-  rate.all = pool.size() == 1 ? rate.one : BestRate(pool, pool.size(), work) * 1e-9;
+  rate.one = BestRate(pool, clock, 1, work) * 1e-9;
+  rate.all = pool.size() == 1 ? rate.one : BestRate(pool, clock, pool.size(), work) * 1e-9;
   return rate;
 }
 
 }  // namespace
 
-MachineLimits MeasureMachineLimits(ThreadPool& pool) {
+MachineLimits MeasureMachineLimits(ThreadPool& pool, Clock clock) {
   MachineLimits limits;
   limits.threads = pool.size();
   std::atomic<float> sink{0};
   std::atomic<uint64_t> word{0};
 
-  limits.fma_gflops = MeasureRate(pool, [&](int) {
+  limits.fma_gflops = MeasureRate(pool, clock, [&](int) {
     float value = 0;
     const double flop = HWY_DYNAMIC_DISPATCH(FmaRounds)(3'000'000, 0.999f, &value);
     sink.store(value, std::memory_order_relaxed);
@@ -124,7 +132,7 @@ MachineLimits MeasureMachineLimits(ThreadPool& pool) {
   pool.RunOnAll([&](int thread) {
     std::memset(memory.as<char>() + kBytesPerThread * static_cast<size_t>(thread), 1, kBytesPerThread);
   });
-  limits.read_gb_s = MeasureRate(pool, [&](int thread) {
+  limits.read_gb_s = MeasureRate(pool, clock, [&](int thread) {
     word.store(HWY_DYNAMIC_DISPATCH(ReadBytes)(memory.as<char>() + kBytesPerThread * static_cast<size_t>(thread),
                                                kBytesPerThread),
                std::memory_order_relaxed);
@@ -136,7 +144,7 @@ MachineLimits MeasureMachineLimits(ThreadPool& pool) {
   constexpr int64_t kElements = int64_t{kSize} * kSize;
   Buffer matrices(static_cast<size_t>(3 * kElements * pool.size()) * sizeof(float));
   std::fill_n(matrices.as<float>(), 3 * kElements * pool.size(), 0.5f);
-  limits.sgemm_gflops = MeasureRate(pool, [&](int thread) {
+  limits.sgemm_gflops = MeasureRate(pool, clock, [&](int thread) {
     float* a = matrices.as<float>() + 3 * kElements * thread;
     constexpr int kRowMajor = 101;
     constexpr int kNoTranspose = 111;
@@ -166,15 +174,15 @@ std::string Describe(const MachineLimits& limits) {
   return text;
 }
 
-Timing Measure(FunctionRef<void()> fn, int repeats, double seconds) {
+Timing Measure(FunctionRef<void()> fn, int repeats, double seconds, Clock clock) {
   fn();
   std::vector<double> times;
-  const double start = Seconds();
+  const double start = Seconds(clock);
   double now = start;
   while (static_cast<int>(times.size()) < repeats || now - start < seconds) {
-    const double begin = Seconds();
+    const double begin = Seconds(clock);
     fn();
-    now = Seconds();
+    now = Seconds(clock);
     times.push_back(now - begin);
   }
   std::sort(times.begin(), times.end());

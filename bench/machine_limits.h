@@ -9,6 +9,10 @@
 
 namespace weft::bench {
 
+// kThreadCpu counts only the time that the calling thread was on a CPU, for machines that are busy with other work; it
+// makes sense for one thread alone.
+enum class Clock { kWall, kThreadCpu };
+
 struct Rate {
   double one = 0;  // one thread
   double all = 0;  // every thread of the pool at once
@@ -23,7 +27,7 @@ struct MachineLimits {
 
 // Takes about two seconds. Each figure is the best of several short runs, for whatever else runs on the machine can
 // only make them smaller.
-MachineLimits MeasureMachineLimits(ThreadPool& pool);
+MachineLimits MeasureMachineLimits(ThreadPool& pool, Clock clock = Clock::kWall);
 
 // A few lines of text for the head of a report.
 std::string Describe(const MachineLimits& limits);
@@ -34,6 +38,6 @@ struct Timing {
 };
 
 // Runs `fn` once to warm up, then at least `repeats` times and for at least `seconds`.
-Timing Measure(FunctionRef<void()> fn, int repeats = 5, double seconds = 0.2);
+Timing Measure(FunctionRef<void()> fn, int repeats = 5, double seconds = 0.2, Clock clock = Clock::kWall);
 
 }  // namespace weft::bench

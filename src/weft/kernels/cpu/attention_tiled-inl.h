@@ -79,10 +79,23 @@ struct PieceView {
   float* partial_lse;
 };
 
-// Element index of row `key` of KV head `head`.
-HWY_INLINE int64_t KeyIndex(const KvPages& kv, int64_t key, int64_t block_stride, int64_t head_offset, int64_t dim) {
-  if (kv.block_table == nullptr) return head_offset + key * dim;
-  return kv.block_table[key / kv.block_tokens] * block_stride + head_offset + key % kv.block_tokens * dim;
+// Calls fn(i, index) for the keys key0 + i, i < keys, of the KV head that begins at `head_offset` of a block: `index`
+// is the element at which the key's row begins. One division a tile: a 64-bit one takes as long as a row's arithmetic.
+template <class Fn>
+HWY_INLINE void ForKeys(const KvPages& kv, int64_t block_stride, int64_t head_offset, int64_t dim, int64_t key0,
+                        int64_t keys, const Fn& fn) {
+  if (kv.block_table == nullptr) {
+    for (int64_t i = 0; i < keys; ++i) fn(i, head_offset + (key0 + i) * dim);
+    return;
+  }
+  const int32_t* block = kv.block_table + key0 / kv.block_tokens;
+  int64_t offset = key0 % kv.block_tokens;
+  for (int64_t i = 0; i < keys; ++block, offset = 0) {
+    const int64_t run = std::min(keys - i, kv.block_tokens - offset);
+    const int64_t index = *block * block_stride + head_offset + offset * dim;
+    for (int64_t r = 0; r < run; ++r) fn(i + r, index + r * dim);
+    i += run;
+  }
 }
 
 // Dimensions beyond kDepth lie in further blocks of the tile, kKeyTile * kRowStride floats each.
@@ -91,12 +104,12 @@ constexpr int64_t kTileBlock = kKeyTile * kRowStride;
 template <typename T>
 void UnpackKeys(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset, int64_t dim,
                 int64_t key0, int64_t keys, float* to) {
-  for (int64_t i = 0; i < keys; ++i) {
-    const T* from = static_cast<const T*>(cache) + KeyIndex(kv, key0 + i, block_stride, head_offset, dim);
+  ForKeys(kv, block_stride, head_offset, dim, key0, keys, [&](int64_t i, int64_t index) HWY_ATTR {
+    const T* from = static_cast<const T*>(cache) + index;
     for (int64_t d = 0; d < dim; d += kDepth) {
       ToFloats(from + d, std::min(kDepth, dim - d), to + d / kDepth * kTileBlock + i * kRowStride);
     }
-  }
+  });
 }
 
 struct TiledState {

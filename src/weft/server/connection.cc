@@ -79,6 +79,38 @@ struct Job {
   std::vector<RequestOutput> outputs;
 };
 
+// Outputs on their way to becoming server-sent events.
+struct EventBatch {
+  std::vector<std::pair<int, RequestOutput>> news;
+  std::string events;
+  bool last = false;
+
+  // Too much to be turned into JSON on an I/O thread: a reader was slow, or there is a prompt to echo.
+  bool Large() const {
+    size_t positions = 0;
+    for (const auto& [choice, output] : news) {
+      positions += output.token_ids.size();
+      if (output.prompt_logprobs) positions += output.prompt_logprobs->size();
+    }
+    return positions > 512;
+  }
+
+  void Format(const Generation& generation) {
+    for (const auto& [choice, output] : news) {
+      if (output.finish_reason == FinishReason::kError) {
+        events += "data: " + ErrorJson(Error(output.error, output.error_kind)) + "\n\ndata: [DONE]\n\n";
+        last = true;
+        return;
+      }
+      generation.writer->Stream(choice, output, events);
+    }
+    if (generation.mailbox->Drained()) {
+      generation.writer->EndStream(events);
+      last = true;
+    }
+  }
+};
+
 // All members are used on the strand only, but for Poke().
 class Connection : public ConnectionHandle, public std::enable_shared_from_this<Connection> {
  public:
@@ -446,25 +478,24 @@ asio::awaitable<bool> Connection::StreamEvents(const Request& request) {
   std::string bytes = ResponseHead(reply, -1, context);
   bool alive = co_await Write(bytes);
   const Generation& generation = *generation_;
+  const auto batch = std::make_shared<EventBatch>();
   for (bool last = false; alive && !last;) {
     while (!gone_ && !generation.mailbox->Ready()) co_await Wait();
     if (gone_) co_return false;
-    std::string events;
-    for (const auto& [choice, output] : generation.mailbox->Take()) {
-      if (output.finish_reason == FinishReason::kError) {
-        events += "data: " + ErrorJson(Error(output.error, output.error_kind)) + "\n\ndata: [DONE]\n\n";
-        last = true;
-        break;
-      }
-      generation.writer->Stream(choice, output, events);
+    batch->news = generation.mailbox->Take();
+    batch->events.clear();
+    if (batch->Large()) {
+      std::function<void()> format = [batch, job_generation = generation_] { batch->Format(*job_generation); };
+      const bool done = co_await OnPool(format);
+      if (!done) co_return false;
+    } else {
+      batch->Format(generation);
     }
-    if (!last && generation.mailbox->Drained()) {
-      generation.writer->EndStream(events);
-      last = true;
-    }
+    last = batch->last;
+    const std::string& events = batch->events;
     if (events.empty()) continue;
     if (context.http_1_0) {
-      bytes = std::move(events);
+      bytes = events;
     } else {
       bytes = fmt::format("{:x}\r\n", events.size());
       bytes += events;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "weft/api/json_fields.h"
+#include "weft/core/utf8.h"
 
 namespace weft {
 namespace {
@@ -48,7 +49,7 @@ class ByteStream : public TokenStream {
     const size_t tail = IncompleteTail(held_);
     std::string out = held_.substr(0, held_.size() - tail);
     held_.erase(0, out.size());
-    return out;
+    return IsValidUtf8(out) ? out : "\xef\xbf\xbd";
   }
   std::string Flush() override { return held_.empty() ? "" : (held_.clear(), "\xef\xbf\xbd"); }
 

@@ -40,8 +40,8 @@ class ByteTokenizer : public Tokenizer {
 
 // What the engine does with a request.
 struct Script {
-  std::string text;     // what is generated, byte by byte; when it is used up, EOS
-  bool repeat = false;  // starts again instead of EOS
+  std::string text = {};  // what is generated, byte by byte; when it is used up, EOS
+  bool repeat = false;    // starts again instead of EOS
   double seconds_per_token = 0;
   int fail_after = -1;  // tokens before a kError
   bool hang = false;    // nothing comes until Abort

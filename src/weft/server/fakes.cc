@@ -162,7 +162,7 @@ void FakeEngine::Work(EngineRequest request, OutputSink sink, Script what, std::
       const auto until = std::chrono::steady_clock::now() +
                          std::chrono::duration_cast<std::chrono::steady_clock::duration>(
                              std::chrono::duration<double>(what.hang ? 1e6 : what.seconds_per_token));
-      changed_.wait_until(lock, until, [&] { return live->abort; });
+      if (what.hang || what.seconds_per_token > 0) changed_.wait_until(lock, until, [&] { return live->abort; });
       if (live->abort) totals.finish_reason = FinishReason::kAbort;
     }
     RequestOutput output = totals;

@@ -1,6 +1,6 @@
 // bench_kernels: the speed of the kernels on Qwen3-0.6B's shapes, as shares of what the machine can do.
 //   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|attention|small] [--shape NAME] [--seconds S]
-//                 [--rows M ...] [--depths N ...] [--cpu-time]
+//                 [--rows M ...] [--depths N ...] [--cpu-time] [--target AVX2]
 
 #include <fmt/format.h>
 
@@ -13,7 +13,10 @@
 #include <vector>
 
 #include "machine_limits.h"
+#include "weft/kernels/cpu/targets.h"
 #include "weft/kernels/table.h"
+//
+#include "hwy/targets.h"
 
 namespace weft::bench {
 namespace {
@@ -298,6 +301,17 @@ void BenchSmall(const KernelTable& table, ThreadPool& pool, const Options& optio
   std::printf("  (checksums %ld %g)\n", sink, sum);
 }
 
+bool ForceTarget(const std::string& name) {
+  for (int64_t rest = hwy::SupportedTargets(); rest != 0; rest &= rest - 1) {
+    const int64_t target = rest & -rest;
+    if (name != hwy::TargetName(target)) continue;
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    return true;
+  }
+  return false;
+}
+
 int Main(int argc, char** argv) {
   Options options;
   CLI::App app("Speed of weft's kernels against the limits of this machine");
@@ -308,12 +322,18 @@ int Main(int argc, char** argv) {
   app.add_option("--depths", options.depths, "context lengths for attention");
   app.add_option("--rows", options.rows, "rows for linear");
   app.add_option("--shape", options.shape, "linear: only the shape of this name");
+  std::string target;
+  app.add_option("--target", target, "SIMD target for the kernels and the limits, e.g. AVX2; empty: the best");
   bool cpu_time = false;
   app.add_flag("--cpu-time", cpu_time, "time on the CPU instead of time that passed; one thread only");
   CLI11_PARSE(app, argc, argv);
   // One thread in a process of its own is left to the scheduler: it knows which CPU has time.
   const std::vector<int> cpus = cpu_time ? std::vector<int>() : AllowedCpus();
   if (options.threads <= 0) options.threads = static_cast<int>(AllowedCpus().size());
+  if (!target.empty() && !ForceTarget(target)) {
+    std::fprintf(stderr, "--target %s: not a target of this machine\n", target.c_str());
+    return 1;
+  }
   if (cpu_time) {
     options.clock = Clock::kThreadCpu;
     options.threads = 1;

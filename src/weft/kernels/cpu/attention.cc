@@ -69,7 +69,7 @@ void JoinParts(const AttentionArgs& args, const cpu::AttentionJoin& join, const 
 void Attention(const AttentionArgs& args, ThreadPool& pool) {
   thread_local cpu::AttentionPlan plan_memory;
   cpu::AttentionPlan& plan = plan_memory;
-  cpu::PlanAttention(args, pool.size(), kMaxCols, kKeyTile, plan);
+  cpu::PlanAttention(args, pool.size(), MaxColumns(args), kKeyTile, plan);
   float* outs = cpu::ScratchOf<float>(cpu::ScratchSlot::kShared, plan.partials * (args.v_dim + 1));
   float* lses = outs + plan.partials * args.v_dim;
   const int64_t pieces = static_cast<int64_t>(plan.pieces.size());

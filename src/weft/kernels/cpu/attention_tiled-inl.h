@@ -6,6 +6,8 @@
 #define WEFT_KERNELS_CPU_ATTENTION_TILED_INL_H_
 #endif
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,11 +25,21 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Columns of a piece and keys of a tile. For head size 128 in f32: the columns' Q and O take 1 KiB a column, the tile's
-// K and V 1 KiB a key, and all of it is to stay in L2; a panel's Q (kTileCols x 128) and its scores (kTileCols x
-// kKeyTile) in L1. Unpacking the tile costs about as much as 3 columns' arithmetic, so it wants a few hundred columns.
-constexpr int64_t kMaxCols = 256;
+// Keys of a tile: a panel's scores (kTileCols x kKeyTile floats) are to stay in L1 beside its queries.
 constexpr int64_t kKeyTile = 128;
+
+// Columns of a piece. The queries and sums of all its columns, 4 (k_dim + v_dim) bytes each, are to stay in L2 beside
+// the tile of keys and values; but unpacking that tile, once for all columns, costs as much as the arithmetic of some 8
+// of them, so it wants hundreds.
+constexpr int64_t kMaxCols = 512;
+inline int64_t MaxColumns(const AttentionArgs& args) {
+  static const int64_t budget = [] {
+    const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (l2 > 0 ? l2 : int64_t{512} << 10) * 2 / 5;
+  }();
+  const int64_t cols = budget / (4 * (args.k_dim + args.v_dim)) / kTileCols * kTileCols;
+  return std::clamp<int64_t>(cols, 64, kMaxCols);
+}
 
 // The columns of one piece and where their results go.
 struct PieceView {
@@ -112,6 +124,15 @@ void UnpackKeys(const KvPages& kv, const void* cache, int64_t block_stride, int6
   });
 }
 
+HWY_INLINE void PrefetchKeys(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset,
+                             int64_t dim, int64_t key0, int64_t keys) {
+  const int64_t element = static_cast<int64_t>(SizeOf(kv.dtype));
+  ForKeys(kv, block_stride, head_offset, dim, key0, keys, [&](int64_t, int64_t index) HWY_ATTR {
+    const char* row = static_cast<const char*>(cache) + index * element;
+    for (int64_t b = 0; b < dim * element; b += 64) __builtin_prefetch(row + b, 0, 2);
+  });
+}
+
 struct TiledState {
   float* q;      // [k_dim, width]
   float* o;      // [v_dim, width]
@@ -123,8 +144,8 @@ struct TiledState {
 // Scores of `keys` keys x kVectors vectors of columns -> probabilities relative to the new maxima; alpha = what earlier
 // sums are to be multiplied by. Keys [0, full) are visible to all columns.
 template <int kVectors>
-void SoftmaxPanel(float* HWY_RESTRICT s, int64_t keys, int64_t full, int64_t key0, const TiledState& state,
-                  float* HWY_RESTRICT alpha) {
+HWY_NOINLINE void SoftmaxPanel(float* HWY_RESTRICT s, int64_t keys, int64_t full, int64_t key0, const TiledState& state,
+                               float* HWY_RESTRICT alpha) {
   const DF d;
   const DI di;
   constexpr int64_t kWidth = kVectors * kLanes;
@@ -207,12 +228,17 @@ void AttendPanel(const PieceView& view, const TiledState& state, const float* k_
   }
 }
 
+HWY_INLINE void PrefetchFloats(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, 1);
+}
+
 // to[d * width + c] = query c, element d, scaled; missing columns are 0.
-void PackQueries(const PieceView& view, int64_t c0, int64_t count, int64_t width, float scale, float* to) {
+HWY_NOINLINE void PackQueries(const PieceView& view, int64_t c0, int64_t count, int64_t width, float scale, float* to) {
   int64_t c = 0;
   for (; c + 4 <= count; c += 4) {
     const float* rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = view.Query(c0 + c + i);
+    for (int64_t i = c + 4; i < std::min(c + 8, count); ++i) PrefetchFloats(view.Query(c0 + i), view.k_dim);
     int64_t d = 0;
     for (; d + 4 <= view.k_dim; d += 4) {
       const float* from[4] = {rows[0] + d, rows[1] + d, rows[2] + d, rows[3] + d};
@@ -228,7 +254,8 @@ void PackQueries(const PieceView& view, int64_t c0, int64_t count, int64_t width
   }
 }
 
-void StoreColumns(const PieceView& view, int64_t c0, int64_t count, int64_t width, const TiledState& state) {
+HWY_NOINLINE void StoreColumns(const PieceView& view, int64_t c0, int64_t count, int64_t width,
+                               const TiledState& state) {
   int64_t c = 0;
   for (int64_t i = 0; i < width; ++i) {
     // Dividing the columns where they lie side by side; a column that saw no key is 0 already.
@@ -242,6 +269,7 @@ void StoreColumns(const PieceView& view, int64_t c0, int64_t count, int64_t widt
     }
   }
   for (; c + 4 <= count; c += 4) {
+    for (int64_t i = c + 4; i < std::min(c + 8, count); ++i) PrefetchFloats(view.Out(c0 + i), view.v_dim);
     int64_t d = 0;
     for (; d + 4 <= view.v_dim; d += 4) {
       const float* from[4];
@@ -310,8 +338,16 @@ void TilePiece(const AttentionArgs& args, const PieceView& view) {
         UnpackKeys<float>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0, keys, k_tile);
         UnpackKeys<float>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_tile);
       }
+      const int64_t next_keys = std::min(kKeyTile, hi - key0 - keys);
       for (int64_t p = 0; p < panels; ++p) {
         const TiledState& state = states[p];
+        // Each panel fetches its share of the next tile from memory into L2.
+        const int64_t fetched = next_keys * p / panels;
+        const int64_t to_fetch = next_keys * (p + 1) / panels - fetched;
+        if (to_fetch > 0) {
+          PrefetchKeys(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0 + keys + fetched, to_fetch);
+          PrefetchKeys(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0 + keys + fetched, to_fetch);
+        }
         // Visible counts never fall from row to row: the first column sees the least, the last one the most.
         const int64_t seen = std::min<int64_t>(keys, state.vis[widths[p] - 1] - key0);
         if (seen <= 0) continue;

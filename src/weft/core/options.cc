@@ -112,6 +112,8 @@ std::string Normalise(std::string_view spelling) {
   return out;
 }
 
+std::string Shown(const std::string& text) { return text.empty() ? "''" : text; }
+
 // A word that is meant as a flag: -x, --x=y z; not "-", not a negative number, not a text that begins with a dash.
 bool LooksLikeFlag(std::string_view word) {
   return word.size() >= 2 && word[0] == '-' && !ParseDouble(word).has_value() &&
@@ -226,7 +228,7 @@ std::string Option::RuleText() const {
 }
 
 void Option::Refuse(const std::string& where, const std::string& shown, const std::string& rule) const {
-  throw Error(fmt::format("{}{}{}: {}", where, shown.empty() ? "" : " ", shown, rule), ErrorKind::kInvalidArgument,
+  throw Error(fmt::format("{}{}{}: {}", where, shown.empty() ? "" : " = ", shown, rule), ErrorKind::kInvalidArgument,
               "--" + name_);
 }
 
@@ -234,7 +236,7 @@ void Option::SetText(const std::string& where, const std::string& text) {
   const auto integer = [&](int64_t low, int64_t high) {
     const auto value = human_ ? ParseHumanInt(text) : ParseInt(text);
     if (!value || *value < low || *value > high) {
-      Refuse(where, "'" + text + "'",
+      Refuse(where, Shown(text),
              human_ ? "must be a whole number, which may end in k, m, g, t (thousands) or K, M, G, T (powers of 1024)"
                     : "must be a whole number");
     }
@@ -242,12 +244,12 @@ void Option::SetText(const std::string& where, const std::string& text) {
   };
   const auto real = [&] {
     const auto value = ParseDouble(text);
-    if (!value) Refuse(where, "'" + text + "'", "must be a number");
+    if (!value) Refuse(where, Shown(text), "must be a number");
     return *value;
   };
   const auto boolean = [&] {
     const auto value = ParseBool(text);
-    if (!value) Refuse(where, "'" + text + "'", "must be true or false");
+    if (!value) Refuse(where, Shown(text), "must be true or false");
     return *value;
   };
   constexpr int64_t kMin = std::numeric_limits<int64_t>::min(), kMax = std::numeric_limits<int64_t>::max();
@@ -260,15 +262,15 @@ void Option::SetText(const std::string& where, const std::string& text) {
                  [&](std::optional<std::string>* t) { *t = text; }, [&](std::vector<std::string>* t) { *t = {text}; },
                  [&](json* t) {
                    json value = json::parse(text, nullptr, false);
-                   if (!value.is_object()) Refuse(where, "'" + text + "'", "must be a JSON object");
+                   if (!value.is_object()) Refuse(where, Shown(text), "must be a JSON object");
                    *t = std::move(value);
                  }},
       target_);
-  Verify(where, IsBool() ? text : "'" + text + "'");
+  Verify(where, Shown(text));
 }
 
 void Option::SetList(const std::string& where, std::vector<std::string> words) {
-  const std::string shown = fmt::format("'{}'", fmt::join(words, "' '"));
+  const std::string shown = fmt::format("{}", fmt::join(words, " "));
   *std::get<std::vector<std::string>*>(target_) = std::move(words);
   Verify(where, shown);
 }

@@ -103,29 +103,29 @@ TEST(Options, JsonAndDottedKeys) {
                "--hf-overrides.keep+", "2", "--hf-overrides.rope_scaling.max_position", "-1"});
   EXPECT_EQ(f.v.overrides, nlohmann::json::parse(R"({"rope_theta": 10000, "keep": [1, 2],
       "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "max_position": -1}})"));
-  EXPECT_EQ(ErrorOf({"m", "--hf-overrides", "{oops"}), "--hf-overrides '{oops': must be a JSON object");
-  EXPECT_EQ(ErrorOf({"m", "--hf-overrides", "[1]"}), "--hf-overrides '[1]': must be a JSON object");
+  EXPECT_EQ(ErrorOf({"m", "--hf-overrides", "{oops"}), "--hf-overrides = {oops: must be a JSON object");
+  EXPECT_EQ(ErrorOf({"m", "--hf-overrides", "[1]"}), "--hf-overrides = [1]: must be a JSON object");
   EXPECT_EQ(ErrorOf({"m", "--port.x", "1"}),
             "--port.x: --port takes no dotted keys, only options with a JSON value do");
 }
 
 TEST(Options, ErrorsNameFlagValueAndRule) {
-  EXPECT_EQ(ErrorOf({"m", "--port", "70000"}), "--port '70000': must be from 1 to 65535");
-  EXPECT_EQ(ErrorOf({"m", "--port", "80x"}), "--port '80x': must be a whole number");
-  EXPECT_EQ(ErrorOf({"m", "--port", "99999999999"}), "--port '99999999999': must be a whole number");
+  EXPECT_EQ(ErrorOf({"m", "--port", "70000"}), "--port = 70000: must be from 1 to 65535");
+  EXPECT_EQ(ErrorOf({"m", "--port", "80x"}), "--port = 80x: must be a whole number");
+  EXPECT_EQ(ErrorOf({"m", "--port", "99999999999"}), "--port = 99999999999: must be a whole number");
   EXPECT_EQ(ErrorOf({"m", "--port"}), "--port: needs a value");
   EXPECT_EQ(ErrorOf({"m", "--port", "--uds"}),
             "--port: needs a value (one that begins with '-' is written --port=--uds)");
-  EXPECT_EQ(ErrorOf({"m", "--max-model-len", "0"}), "--max-model-len '0': must be 1 or more");
-  EXPECT_EQ(ErrorOf({"m", "--dtype", "int3"}), "--dtype 'int3': must be one of: auto, bfloat16, float32");
-  EXPECT_EQ(ErrorOf({"m", "--gpu-memory-utilization", "0"}), "--gpu-memory-utilization '0': must be above 0");
-  EXPECT_EQ(ErrorOf({"m", "--gpu-memory-utilization", "nan"}), "--gpu-memory-utilization 'nan': must be a number");
+  EXPECT_EQ(ErrorOf({"m", "--max-model-len", "0"}), "--max-model-len = 0: must be 1 or more");
+  EXPECT_EQ(ErrorOf({"m", "--dtype", "int3"}), "--dtype = int3: must be one of: auto, bfloat16, float32");
+  EXPECT_EQ(ErrorOf({"m", "--gpu-memory-utilization", "0"}), "--gpu-memory-utilization = 0: must be above 0");
+  EXPECT_EQ(ErrorOf({"m", "--gpu-memory-utilization", "nan"}), "--gpu-memory-utilization = nan: must be a number");
   EXPECT_EQ(ErrorOf({"m", "n"}), "unexpected argument 'n'");
   EXPECT_EQ(ErrorOf({"--port", "1"}), "weft serve: MODEL is missing");
   EXPECT_EQ(ErrorOf({"--api-key", "k", "m"}),
             "weft serve: MODEL is missing (--api-key takes all words up to the next option: write MODEL first)");
   EXPECT_EQ(ErrorOf({"m", "--no-enforce-eager=true"}), "--no-enforce-eager=true: takes no value");
-  EXPECT_EQ(ErrorOf({"m", "--enforce-eager=maybe"}), "--enforce-eager 'maybe': must be true or false");
+  EXPECT_EQ(ErrorOf({"m", "--enforce-eager=maybe"}), "--enforce-eager = maybe: must be true or false");
 }
 
 TEST(Options, UnknownOnesGetASuggestion) {
@@ -139,7 +139,7 @@ TEST(Options, UnknownOnesGetASuggestion) {
 
 TEST(Options, RefusesWhatItCannotDoAndTakesItsDefault) {
   EXPECT_EQ(ErrorOf({"m", "--enable-expert-parallel"}), "--enable-expert-parallel: MoE models are not supported");
-  EXPECT_EQ(ErrorOf({"m", "-dp", "2"}), "-dp 2: one engine only");
+  EXPECT_EQ(ErrorOf({"m", "-dp", "2"}), "-dp = 2: one engine only");
   EXPECT_EQ(ErrorOf({"m", "-dp", "1", "--no-enable-expert-parallel"}), "");
 }
 
@@ -172,14 +172,14 @@ TEST(Options, FileErrorsNameTheLine) {
       message = message.substr(0, at) + std::string("F") + message.substr(at + path.size());
     return message;
   };
-  EXPECT_EQ(error("dtype: auto\nport: 0\n"), "F:2: port '0': must be from 1 to 65535");
+  EXPECT_EQ(error("dtype: auto\nport: 0\n"), "F:2: port = 0: must be from 1 to 65535");
   EXPECT_EQ(error("prot: 1\n"), "unknown option 'prot' (F:1); did you mean --port?");
   EXPECT_EQ(error("port: [1]\n"), "F:1: port: must be a single value, not a list");
   EXPECT_EQ(error("port: 1\nport: 2\n"), "F:2: port: stands twice in this file");
   EXPECT_EQ(error("port:\n"), "F:1: port: has no value");
   EXPECT_EQ(error("- port\n"), "--config F: must be a YAML mapping of option names to values");
-  EXPECT_EQ(error("\ndata-parallel-size: 2\n"), "F:2: data-parallel-size 2: one engine only");
-  EXPECT_EQ(error("hf-overrides: 3\n"), "F:1: hf-overrides '3': must be a JSON object");
+  EXPECT_EQ(error("\ndata-parallel-size: 2\n"), "F:2: data-parallel-size = 2: one engine only");
+  EXPECT_EQ(error("hf-overrides: 3\n"), "F:1: hf-overrides = 3: must be a JSON object");
   EXPECT_NE(error("port: [1\n").find("--config F:"), std::string::npos);
   EXPECT_EQ(ErrorOf({"m", "--config", "/nonexistent/x.yaml"}), "--config /nonexistent/x.yaml: cannot read this file");
 }

@@ -37,6 +37,11 @@ LLMEngine::~LLMEngine() { Shutdown(0); }
 
 Result<void> LLMEngine::Add(EngineRequest request, OutputSink sink) {
   if (auto ok = CheckRequest(request, bounds_); !ok) return ok;
+  if (request.priority != 0 && !options_.priority_scheduling) {
+    return tl::make_unexpected(
+        Error(fmt::format("priority = {}: must be 0 without --scheduling-policy priority.", request.priority),
+              ErrorKind::kInvalidArgument, "priority"));
+  }
   request.params.eos_token_ids = options_.eos_token_ids;
   const auto now = Clock::now();
   const auto prompt_tokens = static_cast<int64_t>(request.prompt_token_ids.size());

@@ -27,6 +27,7 @@ struct LLMEngineOptions {
   std::vector<int32_t> eos_token_ids;  // those of the model; every request gets them
   int32_t max_logprobs = 20;           // -1: the whole vocabulary
   int64_t max_num_queued_reqs = 0;     // requests that may wait for their turn; 0: no limit
+  bool priority_scheduling = false;    // else a request's priority must be 0
   bool log_requests = false;           // one line a request
   double log_stats_interval_s = 0;     // a line of throughput while there is work; 0: never
 };

@@ -125,7 +125,9 @@ TEST(LLMEngine, OutputsEqualASimulation) {
   std::mt19937 rng(seed);
   const auto below = [&](int n) { return std::uniform_int_distribution<int>(0, n - 1)(rng); };
   // 10 virtual blocks of 8 tokens: some two requests at a time, with preemptions.
-  Rig rig(Rig::DefaultOptions(), 10);
+  LLMEngineOptions options = Rig::DefaultOptions();
+  options.priority_scheduling = true;
+  Rig rig(options, 10);
   constexpr int kRequests = 300;
   std::vector<Received> received(kRequests);
   std::vector<EngineRequest> requests;
@@ -319,6 +321,7 @@ TEST(LLMEngine, RefusesWhatIsWrong) {
   refused("prompt", [](auto& r) { r.prompt_token_ids = {-1}; }, {"-1"});
   refused("prompt", [](auto& r) { r.prompt_token_ids.assign(64, 1); }, {"64 tokens", "63"});
   refused("request_id", [](auto& r) { r.id.clear(); });
+  refused("priority", [](auto& r) { r.priority = 1; });
   refused("max_tokens", [](auto& r) { r.params.max_tokens = 0; });
   refused("min_tokens", [](auto& r) { r.params.min_tokens = 6; });
   refused("temperature", [](auto& r) { r.params.temperature = -1; });

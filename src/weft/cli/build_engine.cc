@@ -1,0 +1,192 @@
+#include "weft/cli/build_engine.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+#include "weft/cli/commands.h"
+#include "weft/cli/kv_size.h"
+#include "weft/core/log.h"
+#include "weft/model/checkpoint.h"
+#include "weft/model/model_path.h"
+#include "weft/runner/executor.h"
+
+namespace weft::cli {
+namespace {
+
+using nlohmann::json;
+
+DType DTypeOf(const std::string& name, DType automatic) {
+  if (name == "auto") return automatic;
+  return name == "float32" ? DType::kF32 : DType::kBF16;
+}
+
+json ReadGenerationConfig(const std::string& folder, bool must_exist) {
+  const std::filesystem::path path = std::filesystem::path(folder) / "generation_config.json";
+  std::ifstream file(path);
+  if (!file) {
+    if (must_exist) Throw("--generation-config = {}: there is no generation_config.json in it", folder);
+    return json::object();
+  }
+  json config = json::parse(file, nullptr, false);
+  if (!config.is_object()) Throw("{}: not a JSON object", path.string());
+  return config;
+}
+
+SamplingDefaults LoadSamplingDefaults(const EngineArgs& args, const std::string& model_path) {
+  json config = json::object();
+  if (args.generation_config == "auto") {
+    if (std::filesystem::is_directory(model_path)) config = ReadGenerationConfig(model_path, false);
+  } else if (args.generation_config != "vllm") {
+    config = ReadGenerationConfig(args.generation_config, true);
+  }
+  config.update(args.override_generation_config);
+  return ParseGenerationConfig(config);
+}
+
+int64_t CheckedMaxLen(const EngineArgs& args, int64_t model_max) {
+  if (!args.max_model_len) return model_max;
+  if (*args.max_model_len > model_max) {
+    throw Error(fmt::format("--max-model-len = {}: the model is made for at most {} tokens "
+                            "(--hf-overrides.max_position_embeddings changes that)",
+                            *args.max_model_len, model_max),
+                ErrorKind::kInvalidArgument, "--max-model-len");
+  }
+  return *args.max_model_len;
+}
+
+}  // namespace
+
+SamplingDefaults ParseGenerationConfig(const json& config) {
+  SamplingDefaults defaults;
+  const auto number = [&](const char* name) -> std::optional<double> {
+    const auto found = config.find(name);
+    if (found == config.end() || found->is_null()) return std::nullopt;
+    if (!found->is_number()) Throw("generation_config.json: {} = {}: must be a number", name, found->dump());
+    return found->get<double>();
+  };
+  const auto integer = [&](const char* name) -> std::optional<int32_t> {
+    const auto value = number(name);
+    if (!value) return std::nullopt;
+    if (*value != static_cast<double>(static_cast<int32_t>(std::clamp(*value, -2e9, 2e9)))) {
+      Throw("generation_config.json: {} = {}: must be a whole number", name, *value);
+    }
+    return static_cast<int32_t>(*value);
+  };
+  const auto real = [&](const char* name) -> std::optional<float> {
+    const auto value = number(name);
+    return value ? std::optional(static_cast<float>(*value)) : std::nullopt;
+  };
+  defaults.temperature = real("temperature");
+  defaults.top_p = real("top_p");
+  defaults.top_k = integer("top_k");
+  defaults.min_p = real("min_p");
+  defaults.repetition_penalty = real("repetition_penalty");
+  defaults.max_tokens = integer("max_new_tokens");
+  return defaults;
+}
+
+int64_t ModelMaxLen(const ModelConfig& config) {
+  const RopeConfig& rope = config.rope;
+  const int64_t positions = config.max_position_embeddings;
+  if (rope.type == RopeConfig::Type::kLinear) {
+    return static_cast<int64_t>(static_cast<double>(positions) * rope.factor);
+  }
+  if (rope.type == RopeConfig::Type::kYarn && rope.original_max_position > 0) {
+    // Some configs give the length before scaling as max_position_embeddings, some the one after.
+    return std::max(positions, static_cast<int64_t>(static_cast<double>(rope.original_max_position) * rope.factor));
+  }
+  return positions;
+}
+
+int64_t WeightBytes(const ModelConfig& c, DType dtype) {
+  const int64_t attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads);
+  const int64_t mlp = 3 * c.hidden_size * c.intermediate_size;
+  const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size;
+  return (c.num_layers * (attention + mlp) + embeddings) * static_cast<int64_t>(SizeOf(dtype));
+}
+
+BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
+  BuiltEngine built;
+  built.path = ResolveModelPath(args.model);
+  std::shared_ptr<const Checkpoint> checkpoint = OpenCheckpoint(built.path, args.hf_overrides);
+  built.config = checkpoint->config();
+  built.sampling = LoadSamplingDefaults(args, built.path);
+  built.parallel = {.prefill_context_parallel = args.prefill_context_parallel,
+                    .decode_context_parallel = args.decode_context_parallel,
+                    .tensor_parallel = args.tensor_parallel,
+                    .kv_interleave = args.kv_interleave,
+                    .block_tokens = args.block_size};
+  cp::Validate(built.parallel, {.heads = static_cast<int32_t>(built.config.num_heads),
+                                .kv_heads = static_cast<int32_t>(built.config.num_kv_heads)});
+
+  const DType dtype = DTypeOf(args.dtype, DType::kBF16);
+  const DType kv_dtype = DTypeOf(args.kv_cache_dtype, dtype);
+  const int64_t model_max = ModelMaxLen(built.config);
+  const int64_t weight_bytes = WeightBytes(built.config, dtype);
+  const int64_t available = AvailableMemoryBytes();
+  if (weight_bytes > available) {
+    Throw("{}: its weights take {:.2f} GiB as {}, but {:.2f} GiB of memory are available", args.model,
+          static_cast<double>(weight_bytes) / (1 << 30), NameOf(dtype), static_cast<double>(available) / (1 << 30));
+  }
+  const cp::KvLayout layout{args.block_size, args.kv_interleave, built.parallel.KvShards()};
+  const KvSize size = SizeKvCache({.block_bytes = VirtualBlockBytes(built.config, built.parallel, kv_dtype),
+                                   .block_tokens = layout.VirtualBlockTokens(),
+                                   .weight_bytes = weight_bytes,
+                                   .available_bytes = available,
+                                   .max_model_len = CheckedMaxLen(args, model_max),
+                                   .model_max_len = model_max,
+                                   .max_num_seqs = args.max_num_seqs,
+                                   .num_blocks = args.num_blocks_override,
+                                   .kv_bytes = args.kv_cache_memory,
+                                   .utilization = args.memory_utilization});
+
+  LLMEngineOptions engine;
+  engine.scheduler.max_model_len = size.max_model_len;
+  engine.scheduler.max_num_seqs = args.max_num_seqs;
+  engine.scheduler.chunked_prefill = args.chunked_prefill;
+  engine.scheduler.max_num_batched_tokens = args.max_num_batched_tokens.value_or(
+      std::max({int64_t{2048}, args.max_num_seqs, args.chunked_prefill ? int64_t{0} : size.max_model_len}));
+  Validate(engine.scheduler);  // before the weights are loaded
+  engine.kv_layout = layout;
+  engine.vocab_size = built.config.vocab_size;
+  engine.max_logprobs = args.max_logprobs;
+  engine.max_num_queued_reqs = options.max_num_queued_reqs;
+  engine.priority_scheduling = args.scheduling_policy == "priority";
+  engine.log_requests = options.log_requests;
+  engine.log_stats_interval_s = options.log_stats_interval_s;
+
+  if (!args.skip_tokenizer_init) {
+    built.tokenizer = LoadTokenizer(args.tokenizer ? ResolveModelPath(*args.tokenizer) : built.path);
+  }
+  engine.eos_token_ids = built.config.eos_token_ids;
+  if (built.tokenizer != nullptr) {
+    for (const int32_t id : built.tokenizer->eos_token_ids()) {
+      if (std::find(engine.eos_token_ids.begin(), engine.eos_token_ids.end(), id) == engine.eos_token_ids.end()) {
+        engine.eos_token_ids.push_back(id);
+      }
+    }
+  }
+
+  spdlog::info("weft {}: {}: {} with {} layers, weights {} ({:.2f} GiB), TP {} PCP {} DCP {}", kVersion, built.path,
+               built.config.architecture, built.config.num_layers, NameOf(dtype),
+               static_cast<double>(weight_bytes) / (1 << 30), args.tensor_parallel, args.prefill_context_parallel,
+               args.decode_context_parallel);
+  auto executor = MakeThreadExecutor({.parallel = built.parallel,
+                                      .dtype = dtype,
+                                      .kv_dtype = kv_dtype,
+                                      .kernels = args.kernels,
+                                      .threads_per_rank = args.threads_per_rank,
+                                      .num_blocks = size.num_blocks,
+                                      .max_model_len = size.max_model_len,
+                                      .seed = static_cast<uint64_t>(args.seed),
+                                      .progress = options.progress},
+                                     std::move(checkpoint));
+  built.engine = std::make_unique<LLMEngine>(std::move(engine), std::move(executor), built.tokenizer);
+  const int64_t capacity = built.engine->kv_capacity_tokens();
+  spdlog::info("KV cache ({}): {} tokens, {:.1f} requests of {} tokens", NameOf(kv_dtype), capacity,
+               static_cast<double>(capacity) / static_cast<double>(size.max_model_len), size.max_model_len);
+  return built;
+}
+
+}  // namespace weft::cli

@@ -132,7 +132,7 @@ TEST(LLMEngine, OutputsEqualASimulation) {
   std::vector<Received> received(kRequests);
   std::vector<EngineRequest> requests;
   for (int i = 0; i < kRequests; ++i) {
-    EngineRequest request = Request("r" + std::to_string(i), {}, 1 + below(40));
+    EngineRequest request = Request(fmt::format("r{}", i), {}, 1 + below(40));
     for (int n = 1 + below(30); n > 0; --n) request.prompt_token_ids.push_back(below(kVocab));
     request.params.ignore_eos = below(2) == 0;
     if (below(3) == 0) request.params.stop_token_ids = {below(kVocab), below(kVocab)};
@@ -386,7 +386,7 @@ TEST(LLMEngine, QueueLimit) {
   rig.executor->Allow(0);
   // Two may run and three wait, whether the engine has planned a step in between or not.
   for (size_t i = 0; i < 5; ++i) {
-    ASSERT_TRUE(rig.engine->Add(Request("r" + std::to_string(i)), received[i].Sink())) << i;
+    ASSERT_TRUE(rig.engine->Add(Request(fmt::format("r{}", i)), received[i].Sink())) << i;
   }
   const auto refused = rig.engine->Add(Request("r5"), received[5].Sink());
   ASSERT_FALSE(refused.has_value());
@@ -430,7 +430,7 @@ TEST(LLMEngine, Statistics) {
   Rig rig;
   std::vector<Received> received(3);
   for (size_t i = 0; i < 3; ++i) {
-    ASSERT_TRUE(rig.engine->Add(Request("r" + std::to_string(i), {1, 2, 3, 4}, 5), received[i].Sink()));
+    ASSERT_TRUE(rig.engine->Add(Request(fmt::format("r{}", i), {1, 2, 3, 4}, 5), received[i].Sink()));
   }
   for (auto& r : received) r.WaitForEnd();
   rig.engine->Shutdown(60);

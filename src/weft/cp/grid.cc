@@ -99,7 +99,7 @@ RankCoord CoordOf(const ParallelConfig& config, int32_t rank) {
   coord.pcp = rank / config.tensor_parallel % config.prefill_context_parallel;
   coord.dp = rank / config.tensor_parallel / config.prefill_context_parallel;
   coord.dcp = coord.tp % config.decode_context_parallel;
-  coord.kv_shard = coord.pcp * config.decode_context_parallel + coord.dcp;
+  coord.kv_shard = (coord.pcp * config.decode_context_parallel + coord.dcp) % config.KvShards();
   return coord;
 }
 
@@ -137,6 +137,7 @@ std::vector<int32_t> DcpGroup(const ParallelConfig& config, int32_t rank) {
 }
 
 std::vector<int32_t> CpGroup(const ParallelConfig& config, int32_t rank) {
+  if (config.pcp_kv_layout == PcpKvLayout::kReplicated) return DcpGroup(config, rank);
   const RankCoord me = CoordOf(config, rank);
   std::vector<int32_t> group;
   for (int32_t pcp = 0; pcp < config.prefill_context_parallel; ++pcp) {

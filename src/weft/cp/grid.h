@@ -7,6 +7,12 @@
 
 namespace weft::cp {
 
+// What PCP does to the KV cache (--pcp-kv-layout).
+enum class PcpKvLayout {
+  kSharded,     // KV over P*D shards: the most room
+  kReplicated,  // PCP divides compute only: every PCP rank holds the request's KV over its D shards
+};
+
 struct ParallelConfig {
   int32_t data_parallel = 1;
   int32_t prefill_context_parallel = 1;  // P
@@ -14,10 +20,14 @@ struct ParallelConfig {
   int32_t tensor_parallel = 1;           // TP
   int32_t kv_interleave = 1;             // I, --cp-kv-cache-interleave-size
   int32_t block_tokens = 128;            // B, --block-size
+  PcpKvLayout pcp_kv_layout = PcpKvLayout::kSharded;
 
   int32_t WorldSize() const { return data_parallel * prefill_context_parallel * tensor_parallel; }
-  // Number of KV shards W. Sharded over both axes: P*D. (Its own function, since a later mode replicates KV over PCP.)
-  int32_t KvShards() const { return prefill_context_parallel * decode_context_parallel; }
+  // Number of KV shards W: P*D, or D where every PCP rank holds all.
+  int32_t KvShards() const {
+    return pcp_kv_layout == PcpKvLayout::kReplicated ? decode_context_parallel
+                                                     : prefill_context_parallel * decode_context_parallel;
+  }
 };
 
 // What of a model the rank grid has to fit.
@@ -36,7 +46,7 @@ struct RankCoord {
   int32_t pcp = 0;
   int32_t tp = 0;
   int32_t dcp = 0;       // tp % D
-  int32_t kv_shard = 0;  // cp_rank = pcp*D + dcp
+  int32_t kv_shard = 0;  // cp_rank = pcp*D + dcp; where KV is replicated over PCP: dcp
 };
 RankCoord CoordOf(const ParallelConfig& config, int32_t rank);
 
@@ -44,7 +54,8 @@ RankCoord CoordOf(const ParallelConfig& config, int32_t rank);
 std::vector<int32_t> TpGroup(const ParallelConfig& config, int32_t rank);   // same dp, pcp; index = tp
 std::vector<int32_t> PcpGroup(const ParallelConfig& config, int32_t rank);  // same dp, tp; index = pcp
 std::vector<int32_t> DcpGroup(const ParallelConfig& config, int32_t rank);  // D consecutive tp ranks; index = dcp
-// The W ranks that together hold this rank's KV head(s): its DCP group on every PCP rank; index = kv_shard.
+// The W ranks that together hold this rank's KV head(s): its DCP group on every PCP rank, or its own DCP group where
+// KV is replicated over PCP; index = kv_shard.
 std::vector<int32_t> CpGroup(const ParallelConfig& config, int32_t rank);
 
 }  // namespace weft::cp

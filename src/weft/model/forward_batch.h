@@ -12,33 +12,40 @@ namespace weft {
 
 // Consecutive query rows of one request.
 struct QuerySegment {
-  size_t request = 0;                    // index into StepPlan::requests
-  int64_t row0 = 0;                      // first row in this rank's batch
-  int64_t rows = 0;                      // >= 1
-  int64_t first_position = 0;            // global position of row0
+  size_t request = 0;          // index into StepPlan::requests
+  int64_t row0 = 0;            // first row
+  int64_t rows = 0;            // >= 1
+  int64_t first_position = 0;  // global position of row0
   std::span<const int32_t> block_table;  // virtual blocks of the request
 };
 
+// Every row of the step is on one PCP rank (and on all TP ranks of it). How a row meets the keys of all KV shards:
+//   gather-KV: its rank reads the keys of every shard (in place where ranks share memory);
+//   gather-Q:  its query goes to the rank of every shard, which attends to its own keys; the partial results come back
+//              and are merged. Ranks of a DCP group, which hold different heads of the same row, read a key once then.
 struct ForwardBatch {
-  // Prefill rows come first, then decode rows. Prefill rows differ between PCP ranks; decode rows are on all of them.
+  // Gather-KV rows come first, then gather-Q rows.
   int64_t rows = 0;
-  int64_t prefill_rows = 0;
+  int64_t gather_kv_rows = 0;
   std::vector<int32_t> token_ids;  // [rows]
   std::vector<int32_t> positions;  // [rows]
-  std::vector<QuerySegment> prefill;
-  std::vector<QuerySegment> decode;
 
-  // Some rank has prefill rows in this step: then all take part in the exchanges of prefill.
-  bool any_prefill = false;
-  bool any_decode = false;
+  std::vector<QuerySegment> gather_kv;  // of this rank
+  // The gather-Q segments of all PCP ranks among the KV shards, rank by rank; row0 counts within the gathered rows.
+  std::vector<QuerySegment> gather_q;
+  std::vector<int64_t> gather_q_rows;  // [PCP ranks among the shards] gather-Q rows of each
 
-  // Slots on this rank's KV shard (-1: another shard owns the row) of the prefill rows of each PCP peer, in the order
-  // of that peer's batch: [pcp][peer's prefill rows]; and of the decode rows: [rows - prefill_rows].
-  std::vector<std::vector<int64_t>> prefill_slots;
-  std::vector<int64_t> decode_slots;
+  // Some rank of the step has such rows: then all take part in their exchange.
+  bool any_gather_kv = false;
+  bool any_gather_q = false;
 
-  // Keys visible to each row on each KV shard: [shards, rows], cp::KvLayout::LocalLen(position + 1, shard).
-  std::vector<int32_t> visible;
+  // Slots on this rank's KV shard (-1: another shard owns the row) of the rows of each PCP rank, in the order of its
+  // batch: [pcp][rows].
+  std::vector<std::vector<int64_t>> slots;
+
+  // Keys visible to a row on a KV shard, cp::KvLayout::LocalLen(position + 1, shard):
+  std::vector<int32_t> gather_kv_visible;  // [shards, gather_kv_rows] of this rank's rows
+  std::vector<int32_t> gather_q_visible;   // [gathered rows] on this rank's shard
 };
 
 }  // namespace weft

@@ -189,13 +189,13 @@ void Transformer::AddReduced(int64_t row0, int64_t rows) {
 }
 
 void Transformer::PrepareAttention(const ForwardBatch& batch) {
-  prefill_tasks_.clear();
-  decode_tasks_.clear();
+  gather_kv_tasks_.clear();
+  gather_q_tasks_.clear();
   // All pages first: the tasks hold views of them.
-  prefill_pages_.clear();
-  decode_pages_.clear();
+  gather_kv_pages_.clear();
+  gather_q_pages_.clear();
   const KvCacheShape& shape = o_.cache->shape();
-  auto pages_of = [&](const QuerySegment& segment, int32_t shard) {
+  auto pages_of = [&](const QuerySegment& segment, const int32_t* visible) {
     return KvPages{.dtype = shape.dtype,
                    .block_table = segment.block_table.data(),
                    .block_tokens = shape.block_tokens,
@@ -203,47 +203,43 @@ void Transformer::PrepareAttention(const ForwardBatch& batch) {
                    .k_head_stride = shape.block_tokens * shape.k_dim,
                    .v_block_stride = shape.v_block_elements(),
                    .v_head_stride = shape.block_tokens * shape.v_dim,
-                   .visible = batch.visible.data() + int64_t{shard} * batch.rows + segment.row0};
+                   .visible = visible};
   };
-  // Without context parallelism a decode row is a segment of one row like any other.
-  auto whole = [&](const QuerySegment& segment) {
-    for (int32_t shard = 0; shard < shards_; ++shard) prefill_pages_.push_back(pages_of(segment, shard));
-  };
-  for (const QuerySegment& segment : batch.prefill) whole(segment);
-  for (const QuerySegment& segment : batch.decode) {
-    if (context_parallel()) {
-      decode_pages_.push_back(pages_of(segment, o_.coord.kv_shard));
-    } else {
-      whole(segment);
+  for (const QuerySegment& segment : batch.gather_kv) {
+    for (int32_t shard = 0; shard < shards_; ++shard) {
+      gather_kv_pages_.push_back(
+          pages_of(segment, batch.gather_kv_visible.data() + shard * batch.gather_kv_rows + segment.row0));
     }
   }
-
-  size_t page = 0;
-  auto add = [&](const QuerySegment& segment) {
-    prefill_tasks_.push_back(
-        {.q = qkv_.as<float>() + segment.row0 * qkv_dim_,
-         .q_stride = qkv_dim_,
-         .out = attn_.as<float>() + segment.row0 * q_dim_,
-         .out_stride = q_dim_,
-         .rows = segment.rows,
-         .kv = std::span<const KvPages>(prefill_pages_).subspan(page, static_cast<size_t>(shards_))});
-    page += static_cast<size_t>(shards_);
-  };
-  for (const QuerySegment& segment : batch.prefill) add(segment);
-  if (!context_parallel()) {
-    for (const QuerySegment& segment : batch.decode) add(segment);
-    return;
+  for (const QuerySegment& segment : batch.gather_q) {
+    gather_q_pages_.push_back(pages_of(segment, batch.gather_q_visible.data() + segment.row0));
   }
-  const int64_t rows = batch.rows - batch.prefill_rows;
-  ReserveFloats(decode_q_, rows * dcp_ * q_dim_);
-  for (Buffer& part : decode_part_) ReserveFloats(part, rows * dcp_ * (q_dim_ + heads_));
-  for (size_t i = 0; i < batch.decode.size(); ++i) {
-    const QuerySegment& segment = batch.decode[i];
-    decode_tasks_.push_back({.q_stride = dcp_ * q_dim_,
-                             .out_stride = dcp_ * q_dim_,
-                             .lse_stride = dcp_ * heads_,
-                             .rows = segment.rows,
-                             .kv = std::span<const KvPages>(decode_pages_).subspan(i, 1)});
+
+  const auto shards = static_cast<size_t>(shards_);
+  for (size_t i = 0; i < batch.gather_kv.size(); ++i) {
+    const QuerySegment& segment = batch.gather_kv[i];
+    gather_kv_tasks_.push_back({.q = qkv_.as<float>() + segment.row0 * qkv_dim_,
+                                .q_stride = qkv_dim_,
+                                .out = attn_.as<float>() + segment.row0 * q_dim_,
+                                .out_stride = q_dim_,
+                                .rows = segment.rows,
+                                .kv = std::span<const KvPages>(gather_kv_pages_).subspan(i * shards, shards)});
+  }
+  gathered_rows_ = 0;
+  if (!batch.any_gather_q) return;
+  for (const int64_t rows : batch.gather_q_rows) gathered_rows_ += rows;
+  const int64_t group_dim = dcp_ * q_dim_;
+  const int64_t group_heads = dcp_ * heads_;
+  ReserveFloats(gathered_q_, gathered_rows_ * group_dim);
+  for (Buffer& part : gather_q_part_) ReserveFloats(part, gathered_rows_ * (group_dim + group_heads));
+  for (size_t i = 0; i < batch.gather_q.size(); ++i) {
+    const QuerySegment& segment = batch.gather_q[i];
+    gather_q_tasks_.push_back({.q = gathered_q_.as<float>() + segment.row0 * group_dim,
+                               .q_stride = group_dim,
+                               .out_stride = group_dim,
+                               .lse_stride = group_heads,
+                               .rows = segment.rows,
+                               .kv = std::span<const KvPages>(gather_q_pages_).subspan(i, 1)});
   }
 }
 
@@ -269,8 +265,8 @@ void Transformer::Attention(const ForwardBatch& batch, int64_t layer) {
            .cos_sin = o_.rope->data()},
           pool_);
   StoreKv(batch, layer);
-  PrefillAttention(batch, layer);
-  if (context_parallel() && batch.any_decode) DecodeAttention(batch, layer);
+  GatherKvAttention(layer);
+  if (batch.any_gather_q) GatherQAttention(batch, layer);
 }
 
 void Transformer::StoreKv(const ForwardBatch& batch, int64_t layer) {
@@ -293,96 +289,98 @@ void Transformer::StoreKv(const ForwardBatch& batch, int64_t layer) {
                 pool_);
   };
   const float* qkv = qkv_.as<float>();
-  // Every rank has the decode rows: their owner stores them, nothing has to be exchanged.
-  store(qkv + batch.prefill_rows * qkv_dim_, batch.decode_slots);
-  if (!batch.any_prefill) return;
-  if (o_.groups.pcp->size() > 1) {
+  Communicator& pcp = *o_.groups.pcp;
+  if (pcp.size() > 1) {
     std::vector<std::span<const float>> peers;
-    o_.groups.pcp->AllGather(std::span<const float>(qkv, static_cast<size_t>(batch.prefill_rows * qkv_dim_)), peers);
-    for (size_t peer = 0; peer < peers.size(); ++peer) store(peers[peer].data(), batch.prefill_slots[peer]);
+    pcp.AllGather(std::span<const float>(qkv, static_cast<size_t>(rows_ * qkv_dim_)), peers);
+    for (size_t peer = 0; peer < peers.size(); ++peer) store(peers[peer].data(), batch.slots[peer]);
   } else {
-    store(qkv, batch.prefill_slots[0]);
+    store(qkv, batch.slots[0]);
   }
-  // Prefill rows read all shards: their new keys must be there. And nobody reads this rank's qkv any more after it.
-  if (context_parallel()) o_.groups.cp->Barrier();
+  // Rows that gather KV read all shards: their new keys must be there.
+  if (context_parallel() && batch.any_gather_kv) o_.groups.cp->Barrier();
+  // The next layer overwrites qkv: the PCP peers must have read it. Where they are among the KV shards, the barrier
+  // above, or the exchange of the gather-Q rows, has seen to it.
+  if (pcp.size() > 1 && o_.parallel.pcp_kv_layout == cp::PcpKvLayout::kReplicated) pcp.Release();
 }
 
-void Transformer::PrefillAttention(const ForwardBatch&, int64_t layer) {
-  if (prefill_tasks_.empty()) return;
-  for (size_t i = 0; i < prefill_pages_.size(); ++i) {
+AttentionArgs Transformer::AttentionOver(std::span<const AttentionTask> tasks, int64_t q_heads) const {
+  return {.tasks = tasks,
+          .q_heads = static_cast<int>(q_heads),
+          .kv_heads = static_cast<int>(kv_heads_),
+          .k_dim = static_cast<int>(c_.head_dim),
+          .v_dim = static_cast<int>(c_.head_dim),
+          .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c_.head_dim)))};
+}
+
+void Transformer::GatherKvAttention(int64_t layer) {
+  if (gather_kv_tasks_.empty()) return;
+  for (size_t i = 0; i < gather_kv_pages_.size(); ++i) {
     const KvCache& cache = *shard_caches_[i % static_cast<size_t>(shards_)];
-    prefill_pages_[i].k = cache.k(layer);
-    prefill_pages_[i].v = cache.v(layer);
+    gather_kv_pages_[i].k = cache.k(layer);
+    gather_kv_pages_[i].v = cache.v(layer);
   }
-  k_.attention({.tasks = prefill_tasks_,
-                .q_heads = static_cast<int>(heads_),
-                .kv_heads = static_cast<int>(kv_heads_),
-                .k_dim = static_cast<int>(c_.head_dim),
-                .v_dim = static_cast<int>(c_.head_dim),
-                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c_.head_dim)))},
-               pool_);
+  k_.attention(AttentionOver(gather_kv_tasks_, heads_), pool_);
 }
 
-// Each rank attends with the query heads of its whole DCP group to its own shard; the partial results are exchanged
-// over all shards, and each rank merges those of its own heads.
-void Transformer::DecodeAttention(const ForwardBatch& batch, int64_t layer) {
-  const int64_t rows = batch.rows - batch.prefill_rows;
-  const float* own_q = qkv_.as<float>() + batch.prefill_rows * qkv_dim_;
+// Each rank attends with the gathered queries, all heads of its DCP group, to its own shard; the partial results are
+// exchanged over all shards, and each rank merges those of its own rows and heads.
+void Transformer::GatherQAttention(const ForwardBatch& batch, int64_t layer) {
+  Communicator& cp = *o_.groups.cp;
+  const int64_t own_rows = rows_ - batch.gather_kv_rows;
+  const float* own_q = qkv_.as<float>() + batch.gather_kv_rows * qkv_dim_;
   const int64_t group_dim = dcp_ * q_dim_;
   const int64_t group_heads = dcp_ * heads_;
-  float* q = decode_q_.as<float>();
-  auto copy_q = [&](const float* from, int64_t member) {
-    for (int64_t row = 0; row < rows; ++row) {
-      std::memcpy(q + row * group_dim + member * q_dim_, from + row * qkv_dim_,
-                  static_cast<size_t>(q_dim_) * sizeof(float));
+  float* q = gathered_q_.as<float>();
+
+  std::vector<std::span<const float>> queries;
+  cp.AllGather(std::span<const float>(own_q, static_cast<size_t>(own_rows * qkv_dim_)), queries);
+  int64_t first = 0;      // of a PCP rank's rows among the gathered ones
+  int64_t own_first = 0;  // of this rank's
+  for (size_t pcp = 0; pcp < batch.gather_q_rows.size(); ++pcp) {
+    const int64_t rows = batch.gather_q_rows[pcp];
+    for (int64_t dcp = 0; dcp < dcp_; ++dcp) {
+      const int64_t member = static_cast<int64_t>(pcp) * dcp_ + dcp;
+      if (member == cp.rank()) own_first = first;
+      const float* from = queries[static_cast<size_t>(member)].data();
+      for (int64_t row = 0; row < rows; ++row) {
+        std::memcpy(q + (first + row) * group_dim + dcp * q_dim_, from + row * qkv_dim_,
+                    static_cast<size_t>(q_dim_) * sizeof(float));
+      }
     }
-  };
-  if (dcp_ > 1) {
-    std::vector<std::span<const float>> peers;
-    o_.groups.dcp->AllGather(std::span<const float>(own_q, static_cast<size_t>(rows * qkv_dim_)), peers);
-    for (size_t member = 0; member < peers.size(); ++member) {
-      copy_q(peers[member].data(), static_cast<int64_t>(member));
-    }
-  } else {
-    copy_q(own_q, 0);
+    first += rows;
   }
 
-  float* out = decode_part_[decode_parity_].as<float>();  // [rows, group heads, head_dim], then [rows, group heads]
-  float* lse = out + rows * group_dim;
-  for (size_t i = 0; i < decode_tasks_.size(); ++i) {
-    const int64_t row = batch.decode[i].row0 - batch.prefill_rows;
-    decode_pages_[i].k = o_.cache->k(layer);
-    decode_pages_[i].v = o_.cache->v(layer);
-    decode_tasks_[i].q = q + row * group_dim;
-    decode_tasks_[i].out = out + row * group_dim;
-    decode_tasks_[i].lse = lse + row * group_heads;
+  // [gathered rows, group heads, head_dim], then [gathered rows, group heads].
+  float* out = gather_q_part_[gather_q_parity_].as<float>();
+  float* lse = out + gathered_rows_ * group_dim;
+  for (size_t i = 0; i < gather_q_tasks_.size(); ++i) {
+    const int64_t row = batch.gather_q[i].row0;
+    gather_q_pages_[i].k = o_.cache->k(layer);
+    gather_q_pages_[i].v = o_.cache->v(layer);
+    gather_q_tasks_[i].out = out + row * group_dim;
+    gather_q_tasks_[i].lse = lse + row * group_heads;
   }
-  k_.attention({.tasks = decode_tasks_,
-                .q_heads = static_cast<int>(group_heads),
-                .kv_heads = static_cast<int>(kv_heads_),
-                .k_dim = static_cast<int>(c_.head_dim),
-                .v_dim = static_cast<int>(c_.head_dim),
-                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c_.head_dim)))},
-               pool_);
+  k_.attention(AttentionOver(gather_q_tasks_, group_heads), pool_);
 
   std::vector<std::span<const float>> parts;
-  o_.groups.cp->AllGather(std::span<const float>(out, static_cast<size_t>(rows * (group_dim + group_heads))), parts);
+  cp.AllGather(std::span<const float>(out, static_cast<size_t>(gathered_rows_ * (group_dim + group_heads))), parts);
   std::vector<const float*> outs, lses;
   for (const auto& part : parts) {
-    outs.push_back(part.data() + o_.coord.dcp * q_dim_);
-    lses.push_back(part.data() + rows * group_dim + o_.coord.dcp * heads_);
+    outs.push_back(part.data() + own_first * group_dim + o_.coord.dcp * q_dim_);
+    lses.push_back(part.data() + gathered_rows_ * group_dim + own_first * group_heads + o_.coord.dcp * heads_);
   }
   k_.merge({.out = outs,
             .lse = lses,
-            .rows = rows,
+            .rows = own_rows,
             .heads = heads_,
             .dim = c_.head_dim,
             .out_row_stride = group_dim,
             .lse_row_stride = group_heads,
-            .merged = attn_.as<float>() + batch.prefill_rows * q_dim_,
+            .merged = attn_.as<float>() + batch.gather_kv_rows * q_dim_,
             .merged_row_stride = q_dim_},
            pool_);
-  decode_parity_ ^= 1;
+  gather_q_parity_ ^= 1;
 }
 
 void Transformer::Logits(std::span<const int64_t> rows, float* logits) {

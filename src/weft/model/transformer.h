@@ -67,8 +67,9 @@ class Transformer {
   void PrepareAttention(const ForwardBatch& batch);
   void Attention(const ForwardBatch& batch, int64_t layer);
   void StoreKv(const ForwardBatch& batch, int64_t layer);
-  void PrefillAttention(const ForwardBatch& batch, int64_t layer);
-  void DecodeAttention(const ForwardBatch& batch, int64_t layer);
+  AttentionArgs AttentionOver(std::span<const AttentionTask> tasks, int64_t q_heads) const;
+  void GatherKvAttention(int64_t layer);
+  void GatherQAttention(const ForwardBatch& batch, int64_t layer);
   // x += the sum over the TP group of W y (+ bias); `w` is this rank's slice of the input features.
   void RowParallel(const float* y, int64_t y_stride, const PackedWeights& w, const std::vector<float>& bias,
                    int64_t row0, int64_t rows);
@@ -98,15 +99,16 @@ class Transformer {
   Buffer x_, normed_, qkv_, attn_, gate_up_, act_;
   // What peers read lies in one of two buffers by turns: when a rank comes to use the first one again, every peer has
   // entered the collective in between and is done with it.
-  Buffer partial_[2], reduced_[2], decode_part_[2];
+  Buffer partial_[2], reduced_[2], gather_q_part_[2];
   int parity_ = 0;
-  int decode_parity_ = 0;
-  Buffer decode_q_;
+  int gather_q_parity_ = 0;
+  Buffer gathered_q_;
   Buffer logits_in_, logits_part_;
 
   // Of the current step, the same for all layers but for the cache pointers.
-  std::vector<KvPages> prefill_pages_, decode_pages_;
-  std::vector<AttentionTask> prefill_tasks_, decode_tasks_;
+  std::vector<KvPages> gather_kv_pages_, gather_q_pages_;
+  std::vector<AttentionTask> gather_kv_tasks_, gather_q_tasks_;
+  int64_t gathered_rows_ = 0;
 };
 
 }  // namespace weft

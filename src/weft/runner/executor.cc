@@ -28,6 +28,19 @@ KvCacheShape ShapeOf(const ModelConfig& config, const cp::ParallelConfig& parall
           .v_dim = config.head_dim};
 }
 
+// Below this a prompt is not cut by itself: a product of few rows is bound by reading the weights, which cutting it
+// makes two ranks do at once. (docs/performance.md has the measurement.)
+constexpr int64_t kMinTokensToCut = 48;
+
+// FLOP of a token in the linear layers, and of a pair of a token and a key in attention.
+cp::QueryCosts CostsOf(const ModelConfig& c, int64_t pcp_min_tokens) {
+  const double attention = static_cast<double>(c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim);
+  const double mlp = 3.0 * static_cast<double>(c.hidden_size * c.intermediate_size);
+  return {.per_token = 2 * (attention + mlp),
+          .per_pair = 4.0 * static_cast<double>(c.num_heads * c.head_dim),
+          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : kMinTokensToCut};
+}
+
 class ThreadExecutor : public StepExecutor {
  public:
   ThreadExecutor(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint)
@@ -127,7 +140,8 @@ class ThreadExecutor : public StepExecutor {
                              .coord = groups.coord,
                              .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get()},
                              .kernels = &kernels_,
-                             .pool = rank->pool.get()});
+                             .pool = rank->pool.get()},
+        BatchOptions{options_.parallel, CostsOf(config_, options_.pcp_min_tokens), options_.exchange});
     ranks_[static_cast<size_t>(index)] = std::move(rank);
   }
 

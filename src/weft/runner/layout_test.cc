@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+
 #include "weft/core/error.h"
 #include "weft/runner/test_support.h"
 
@@ -17,9 +19,17 @@ using testing::SmallModel;
 constexpr double kTolerance = 1e-4;
 constexpr int32_t kBlock = 8;
 
+// What of the executor is chosen besides the layout.
+struct Choices {
+  ContextExchange exchange = ContextExchange::kAuto;
+  int64_t pcp_min_tokens = 1;  // every prompt is cut
+};
+
 std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::ParallelConfig& parallel, uint64_t seed,
-                                           int64_t tokens) {
+                                           int64_t tokens, const Choices& choices = {}) {
   ExecutorOptions options;
+  options.exchange = choices.exchange;
+  options.pcp_min_tokens = choices.pcp_min_tokens;
   options.parallel = parallel;
   options.dtype = DType::kF32;
   options.kv_dtype = DType::kF32;
@@ -30,8 +40,9 @@ std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::Pa
 }
 
 std::string Name(const cp::ParallelConfig& p) {
-  return fmt::format("tp{}_pcp{}_dcp{}_i{}_b{}", p.tensor_parallel, p.prefill_context_parallel,
-                     p.decode_context_parallel, p.kv_interleave, p.block_tokens);
+  return fmt::format("tp{}_pcp{}_dcp{}_i{}_b{}{}", p.tensor_parallel, p.prefill_context_parallel,
+                     p.decode_context_parallel, p.kv_interleave, p.block_tokens,
+                     p.pcp_kv_layout == cp::PcpKvLayout::kReplicated ? "_replicated" : "");
 }
 
 // Requests, and what one rank makes of each of them alone.
@@ -75,13 +86,14 @@ class Oracle {
     }
   }
 
-  void Check(const cp::ParallelConfig& parallel, const DriveOptions& options) {
+  void Check(const cp::ParallelConfig& parallel, const DriveOptions& options, const Choices& choices = {}) {
+    SCOPED_TRACE(fmt::format("exchange {}, cut from {}", static_cast<int>(choices.exchange), choices.pcp_min_tokens));
     int64_t tokens = 0;
     for (const auto& request : requests_) {
       tokens += static_cast<int64_t>(request.prompt.size() + request.forced_output.size());
       tokens += int64_t{parallel.block_tokens} * parallel.KvShards();
     }
-    Check(*MakeExecutor(model_, parallel, seed_, tokens), parallel, options);
+    Check(*MakeExecutor(model_, parallel, seed_, tokens, choices), parallel, options);
   }
 
  private:
@@ -115,6 +127,9 @@ std::vector<cp::ParallelConfig> LegalLayouts(const SmallModel& model, int max_ra
           // The interleave does nothing on one shard.
           if (layout.KvShards() == 1 && interleave > 1) continue;
           layouts.push_back(layout);
+          cp::ParallelConfig replicated = layout;
+          replicated.pcp_kv_layout = cp::PcpKvLayout::kReplicated;
+          if (pcp > 1 && (dcp > 1 || interleave == 1)) layouts.push_back(replicated);
         }
       }
     }
@@ -131,8 +146,11 @@ TEST_P(Layouts, AllUpToEightRanksOnMixedChunkedTraffic) {
   for (const int64_t n : {1, 3, 17, 70, 131}) oracle.Add(n, 4);
   const auto layouts = LegalLayouts(GetParam(), 8);
   EXPECT_GT(layouts.size(), 20u);
+  auto one_of = [&](auto... values) { return std::array{values...}[rng() % sizeof...(values)]; };
   for (const auto& layout : layouts) {
-    oracle.Check(layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05});
+    const Choices choices{one_of(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv),
+                          one_of(int64_t{1}, int64_t{10}, int64_t{100})};
+    oracle.Check(layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05}, choices);
     oracle.Check(layout, {});
     if (HasFatalFailure()) return;
   }
@@ -159,11 +177,18 @@ class Cases : public ::testing::Test {
             .kv_interleave = interleave,
             .block_tokens = kBlock};
   }
+  static cp::ParallelConfig Replicated(cp::ParallelConfig layout) {
+    layout.pcp_kv_layout = cp::PcpKvLayout::kReplicated;
+    return layout;
+  }
   void CheckAll(const DriveOptions& options) {
-    for (const auto& layout : {Layout(1, 2, 1), Layout(1, 4, 1, 2), Layout(4, 1, 2), Layout(4, 2, 2, 8),
-                               Layout(8, 1, 4, 4), Layout(2, 3, 1, 2)}) {
-      oracle_.Check(layout, options);
-      if (HasFatalFailure()) return;
+    for (const auto& layout :
+         {Layout(1, 2, 1), Layout(1, 4, 1, 2), Layout(4, 1, 2), Layout(4, 2, 2, 8), Layout(8, 1, 4, 4),
+          Layout(2, 3, 1, 2), Replicated(Layout(2, 3, 1)), Replicated(Layout(4, 2, 2, 4))}) {
+      for (const auto exchange : {ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv}) {
+        oracle_.Check(layout, options, {.exchange = exchange});
+        if (HasFatalFailure()) return;
+      }
     }
   }
 };
@@ -239,6 +264,14 @@ TEST_F(Cases, NothingStaleFromEarlierRequestsInTheSameBlocks) {
 TEST_F(Cases, PreemptionAndRecomputation) {
   for (const int64_t n : {5, 48, 90}) oracle_.Add(n, 10);
   CheckAll({.max_chunk = 33, .mixed = true, .preempt = 0.25});
+}
+
+TEST_F(Cases, ShortPromptsDealtWholeAroundCutOnes) {
+  for (const int64_t n : {5, 150, 9, 30, 80, 2}) oracle_.Add(n, 5);
+  for (const auto& layout : {Layout(1, 2, 1), Layout(2, 3, 1, 2), Layout(4, 2, 2, 4), Replicated(Layout(1, 3, 1))}) {
+    oracle_.Check(layout, {.mixed = true}, {.pcp_min_tokens = 40});
+    oracle_.Check(layout, {.max_chunk = 60, .mixed = true}, {.pcp_min_tokens = 1000});
+  }
 }
 
 TEST_F(Cases, ThousandsOfTokens) {

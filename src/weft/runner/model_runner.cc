@@ -15,10 +15,11 @@ constexpr int64_t kLogitsTile = 64;
 
 }  // namespace
 
-ModelRunner::ModelRunner(Transformer::Options options) : o_(options), transformer_(std::move(options)) {}
+ModelRunner::ModelRunner(Transformer::Options options, const BatchOptions& batch_options)
+    : o_(options), batch_options_(batch_options), transformer_(std::move(options)) {}
 
 std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTable& table) {
-  const RankBatch batch = MakeRankBatch(plan, table, o_.parallel, o_.coord);
+  const RankBatch batch = MakeRankBatch(plan, table, batch_options_, o_.coord);
   transformer_.Forward(batch.forward);
 
   const bool looks = o_.coord.tp == 0;

@@ -15,7 +15,7 @@ namespace weft {
 class ModelRunner {
  public:
   // Collective, like Transformer's constructor.
-  explicit ModelRunner(Transformer::Options options);
+  ModelRunner(Transformer::Options options, const BatchOptions& batch_options);
 
   // Collective over all ranks, each with the same plan and table. Gives what this rank found out: the rows of the
   // requests whose logits it looked at (TP rank 0 only; requests may turn up on several PCP ranks, see MergeOutputs).
@@ -26,6 +26,7 @@ class ModelRunner {
               RowOutput& out) const;
 
   Transformer::Options o_;
+  BatchOptions batch_options_;
   Transformer transformer_;
   Buffer logits_;
 };

@@ -17,72 +17,83 @@ int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int3
   return int64_t{block_table[vb]} * layout.block_tokens + layout.Offset(x);
 }
 
-// A rank's chunks of a prompt, those that touch joined (on one rank, and where the tail follows the head).
-std::vector<cp::Chunk> JoinedChunks(const RequestStep& step, int32_t ranks, int32_t rank) {
-  std::vector<cp::Chunk> chunks = cp::SplitPrefill(step.computed, step.tokens, ranks, rank);
-  if (chunks.size() == 2 && chunks[0].first + chunks[0].tokens == chunks[1].first) {
-    chunks[0].tokens += chunks[1].tokens;
-    chunks.pop_back();
+bool GathersQ(const BatchOptions& options, const RequestStep& step) {
+  if (options.parallel.KvShards() == 1) return false;
+  switch (options.exchange) {
+    case ContextExchange::kGatherQ:
+      return true;
+    case ContextExchange::kGatherKv:
+      return false;
+    case ContextExchange::kAuto:
+      // By state, not by length. A decode row reads its whole context for a handful of multiplications a key: best
+      // where each key is read once, by the rank that holds it. A prefill row does far more arithmetic than reading,
+      // and its keys are in reach of every rank.
+      return !step.prefill;
   }
-  return chunks;
+  return false;
 }
 
 }  // namespace
 
-RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const cp::ParallelConfig& parallel,
+RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
                         const cp::RankCoord& coord) {
+  const cp::ParallelConfig& parallel = options.parallel;
   const cp::KvLayout layout = LayoutOf(parallel);
-  const int32_t pcp_size = parallel.prefill_context_parallel;
+  std::vector<cp::QueryItem> items;
+  for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
+  const auto dealt = cp::DealQueries(items, options.costs, parallel.prefill_context_parallel);
+
   RankBatch batch;
   ForwardBatch& f = batch.forward;
-  f.prefill_slots.resize(static_cast<size_t>(pcp_size));
-
-  auto add_segment = [&](size_t request, const RequestState& state, int64_t first, int64_t tokens, bool decode) {
-    const RequestStep& step = plan.requests[request];
-    QuerySegment segment{
-        .request = request, .row0 = f.rows, .rows = tokens, .first_position = first, .block_table = state.block_table};
-    for (int64_t x = first; x < first + tokens; ++x) {
-      f.token_ids.push_back(state.tokens[static_cast<size_t>(x)]);
-      f.positions.push_back(static_cast<int32_t>(x));
-      LogitsRow row{.row = f.rows, .request = request, .position = x};
-      row.sample = step.sample && x == step.computed + step.tokens - 1;
-      row.prompt_logprob = state.params.prompt_logprobs.has_value() && x + 1 < state.prompt_tokens;
-      const bool looked_at_here = !decode || coord.pcp == 0;
-      if (looked_at_here && (row.sample || row.prompt_logprob || plan.capture_logits)) batch.logits.push_back(row);
-      ++f.rows;
-    }
-    (decode ? f.decode : f.prefill).push_back(segment);
-  };
-
-  for (size_t i = 0; i < plan.requests.size(); ++i) {
-    const RequestStep& step = plan.requests[i];
-    if (!step.prefill) continue;
-    f.any_prefill = true;
-    const RequestState& state = table.Get(step.handle);
-    for (int32_t peer = 0; peer < pcp_size; ++peer) {
-      for (const cp::Chunk& chunk : JoinedChunks(step, pcp_size, peer)) {
+  // The PCP ranks whose shards together hold a request: all of them, or this one alone where KV is replicated.
+  const bool pcp_shards = layout.shards > parallel.decode_context_parallel;
+  int64_t gathered = 0;
+  for (int32_t pcp = 0; pcp < parallel.prefill_context_parallel; ++pcp) {
+    const bool own = pcp == coord.pcp;
+    auto& slots = f.slots.emplace_back();
+    for (const bool gather_q : {false, true}) {
+      const int64_t gathered_before = gathered;
+      for (const auto& [item, chunk] : dealt[static_cast<size_t>(pcp)]) {
+        const RequestStep& step = plan.requests[item];
+        if (GathersQ(options, step) != gather_q) continue;
+        (gather_q ? f.any_gather_q : f.any_gather_kv) = true;
+        const RequestState& state = table.Get(step.handle);
+        QuerySegment segment{
+            .request = item, .rows = chunk.tokens, .first_position = chunk.first, .block_table = state.block_table};
         for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
-          f.prefill_slots[static_cast<size_t>(peer)].push_back(SlotOn(layout, coord.kv_shard, state.block_table, x));
+          slots.push_back(SlotOn(layout, coord.kv_shard, state.block_table, x));
         }
-        if (peer == coord.pcp) add_segment(i, state, chunk.first, chunk.tokens, false);
+        if (gather_q && (own || pcp_shards)) {
+          segment.row0 = gathered;
+          f.gather_q.push_back(segment);
+          gathered += chunk.tokens;
+          for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
+            f.gather_q_visible.push_back(static_cast<int32_t>(layout.LocalLen(x + 1, coord.kv_shard)));
+          }
+        }
+        if (!own) continue;
+        if (!gather_q) {
+          segment.row0 = f.rows;
+          f.gather_kv.push_back(segment);
+          f.gather_kv_rows += chunk.tokens;
+        }
+        for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
+          f.token_ids.push_back(state.tokens[static_cast<size_t>(x)]);
+          f.positions.push_back(static_cast<int32_t>(x));
+          LogitsRow row{.row = f.rows++, .request = item, .position = x};
+          row.sample = step.sample && x == step.computed + step.tokens - 1;
+          row.prompt_logprob = state.params.prompt_logprobs.has_value() && x + 1 < state.prompt_tokens;
+          if (row.sample || row.prompt_logprob || plan.capture_logits) batch.logits.push_back(row);
+        }
       }
+      if (gather_q && (own || pcp_shards)) f.gather_q_rows.push_back(gathered - gathered_before);
     }
   }
-  f.prefill_rows = f.rows;
-  for (size_t i = 0; i < plan.requests.size(); ++i) {
-    const RequestStep& step = plan.requests[i];
-    if (step.prefill) continue;
-    f.any_decode = true;
-    const RequestState& state = table.Get(step.handle);
-    add_segment(i, state, step.computed, step.tokens, true);
-    f.decode_slots.push_back(SlotOn(layout, coord.kv_shard, state.block_table, step.computed));
-  }
 
-  f.visible.resize(static_cast<size_t>(layout.shards * f.rows));
   for (int32_t shard = 0; shard < layout.shards; ++shard) {
-    for (int64_t row = 0; row < f.rows; ++row) {
-      f.visible[static_cast<size_t>(shard * f.rows + row)] =
-          static_cast<int32_t>(layout.LocalLen(f.positions[static_cast<size_t>(row)] + 1, shard));
+    for (int64_t row = 0; row < f.gather_kv_rows; ++row) {
+      f.gather_kv_visible.push_back(
+          static_cast<int32_t>(layout.LocalLen(f.positions[static_cast<size_t>(row)] + 1, shard)));
     }
   }
   return batch;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "weft/cp/deal.h"
 #include "weft/cp/grid.h"
 #include "weft/cp/layout.h"
 #include "weft/model/forward_batch.h"
@@ -11,6 +12,20 @@
 #include "weft/runner/step_plan.h"
 
 namespace weft {
+
+// How rows meet the keys of other shards (--cp-context-exchange).
+enum class ContextExchange {
+  kAuto,  // prefill rows gather KV, decode rows gather Q
+  kGatherQ,
+  kGatherKv,
+};
+
+// The same on all ranks.
+struct BatchOptions {
+  cp::ParallelConfig parallel;
+  cp::QueryCosts costs;
+  ContextExchange exchange = ContextExchange::kAuto;
+};
 
 // A row of the batch whose logits somebody wants.
 struct LogitsRow {
@@ -23,13 +38,12 @@ struct LogitsRow {
 
 struct RankBatch {
   ForwardBatch forward;
-  // The same on all TP ranks of a PCP rank; a decode row is looked at by PCP rank 0 alone. In order of the rows.
-  std::vector<LogitsRow> logits;
+  std::vector<LogitsRow> logits;  // in order of the rows; the same on all TP ranks of a PCP rank
 };
 
 // Pure: every rank derives its own part, and what it must know of its peers', from the plan (after
 // `table.Apply(plan)`). The block tables in the result are views of `table`'s.
-RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const cp::ParallelConfig& parallel,
+RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
                         const cp::RankCoord& coord);
 
 }  // namespace weft

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""The reference checkpoints through the HTTP server: prompt_logprobs of the whole vocabulary are the log-softmax of the
+reference logits, and greedy completions are the reference continuations, on one rank and split over several.
+
+    golden_http.py WEFT_BINARY
+"""
+import array
+import json
+import math
+import sys
+
+from weft_server import Server, data, free_memory_flag
+
+LAYOUTS = {
+    "llama_llama3": [[], ["--prefill-context-parallel-size", "2", "--tensor-parallel-size", "2"]],
+    "llama_tied": [["-pcp", "2", "-tp", "2", "-dcp", "2", "--cp-kv-cache-interleave-size", "8"]],
+    "llama_bias": [["--tensor-parallel-size", "2"]],
+    "qwen2_yarn": [["--prefill-context-parallel-size", "3"]],
+    "qwen3": [["-tp", "4", "-dcp", "2", "-pcp", "2", "--max-num-batched-tokens", "100"], ["--no-enable-chunked-prefill"]],
+}
+
+
+def read_safetensors(path):
+    with open(path, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        body = f.read()
+    out = {}
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = t["data_offsets"]
+        raw = body[begin:end]
+        if t["dtype"] == "BF16":  # the upper half of a float32
+            wide = bytearray(2 * len(raw))
+            wide[2::4], wide[3::4] = raw[0::2], raw[1::2]
+            out[name] = array.array("f", bytes(wide))
+        else:
+            out[name] = array.array({"F32": "f", "I64": "q"}[t["dtype"]], raw)
+    return out
+
+
+def log_softmax(row):
+    top = max(row)
+    lse = top + math.log(sum(math.exp(x - top) for x in row))
+    return [x - lse for x in row]
+
+
+def relative(a, b):
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) / sum(y * y for y in b))
+
+
+def check(binary, model, dtype, flags):
+    folder = data("models", model)
+    expected = read_safetensors(folder + "/expected.safetensors")
+    with open(folder + "/manifest.json", encoding="utf-8") as f:
+        manifest = json.load(f)
+    tolerance = manifest["tolerance"]
+    errors, greedy = [], 0
+    with Server(binary, folder, "--skip-tokenizer-init", "--dtype", dtype, "--max-logprobs", "-1",
+                "--max-model-len", "2200" if model == "qwen3" else "1000", "--block-size", "16", "--served-model-name",
+                model, *free_memory_flag(), *flags) as server:
+        for k, prompt in enumerate(manifest["prompts"]):
+            if prompt["length"] > 600:
+                continue  # a body of a hundred megabytes; the executor's own test has it
+            tokens = list(expected[f"prompt_{k}.tokens"])
+            positions = list(expected[f"prompt_{k}.positions"])
+            logits = expected[f"prompt_{k}.logits" if dtype == "float32" else f"prompt_{k}.logits_bf16"]
+            vocab = len(logits) // len(positions)
+            want_greedy = list(expected[f"prompt_{k}.greedy"])
+            margins = expected[f"prompt_{k}.greedy_margin"]
+            status, answer = server.post("/v1/completions", {
+                "model": model, "prompt": tokens, "max_tokens": len(want_greedy), "temperature": 0,
+                "ignore_eos": True, "prompt_logprobs": -1, "return_token_ids": True})
+            assert status == 200, answer
+            choice = answer["choices"][0]
+            entries = choice["prompt_logprobs"]
+            assert len(entries) == len(tokens) and entries[0] is None
+            for i, position in enumerate(positions):
+                if position + 1 >= len(tokens):
+                    continue  # the last position's logits show in the completion only
+                entry = entries[position + 1]
+                assert len(entry) == vocab, len(entry)
+                got = [entry[str(t)]["logprob"] for t in range(vocab)]
+                row = logits[i * vocab:(i + 1) * vocab]
+                want = log_softmax(row)
+                # Relative to the norm of the logits, as the tolerances are: the softmax only takes off a constant.
+                shift = sum(g - w for g, w in zip(got, want)) / vocab
+                errors.append(math.sqrt(sum((g - w - shift) ** 2 for g, w in zip(got, want)) / sum(x * x for x in row)))
+                # The row's own token is there with its rank.
+                chosen = entry[str(tokens[position + 1])]
+                assert chosen["rank"] == 1 + sum(g > chosen["logprob"] for g in got), chosen
+            assert choice["token_ids"][:0] == [] and len(choice["token_ids"]) == len(want_greedy)
+            for got_token, want_token, margin in zip(choice["token_ids"], want_greedy, margins):
+                if margin < (2e-3 if dtype == "float32" else 0.4):
+                    break
+                assert got_token == want_token, (model, k, choice["token_ids"], want_greedy)
+                greedy += 1
+            usage = answer["usage"]
+            assert usage["prompt_tokens"] == len(tokens) and usage["completion_tokens"] == len(want_greedy), usage
+    errors.sort()
+    median, worst = errors[len(errors) // 2], errors[-1]
+    print(f"{model} {dtype} {' '.join(flags)}: {len(errors)} positions, median {median:.1e}, worst {worst:.1e}, "
+          f"{greedy} greedy tokens equal", flush=True)
+    assert len(errors) > 30 and greedy > (60 if dtype == "float32" else 5)
+    if dtype == "float32":
+        assert worst <= tolerance["f32"], worst
+    else:
+        assert median <= tolerance["bf16_median"] and worst <= tolerance["bf16_max"], (median, worst)
+
+
+def main():
+    binary = sys.argv[1]
+    for model, layouts in LAYOUTS.items():
+        for flags in layouts:
+            check(binary, model, "float32", flags)
+        check(binary, model, "bfloat16", layouts[0])
+    # Without a tokenizer, text is refused by name.
+    with Server(binary, data("models", "qwen3"), "--skip-tokenizer-init", *free_memory_flag()) as server:
+        status, answer = server.post("/v1/completions", {"prompt": "text"})
+        assert status == 400 and answer["error"]["param"] == "prompt", (status, answer)
+
+
+main()

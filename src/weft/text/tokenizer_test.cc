@@ -126,7 +126,7 @@ TEST_P(TokenizerVectors, LongRuns) {
   const auto tokenizer = Shared(GetParam());
   for (const char* unit : {" ", "\n", "a", "1", "\t ", "\xe4\xb8\xad", "!"}) {
     std::string text;
-    while (text.size() < 300000) text += unit;
+    while (text.size() < 100000) text += unit;
     text += "x";
     const Ids ids = tokenizer->Encode(text, false);
     EXPECT_EQ(tokenizer->Decode(ids, false), text) << '"' << unit << '"';

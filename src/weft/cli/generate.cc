@@ -77,11 +77,11 @@ class Generate : public Command {
     std::vector<std::vector<int32_t>> tokens;
     for (const std::string& ids : token_ids_) tokens.push_back(ParseTokenIds(ids));
 
+    std::vector<std::unique_ptr<OutputQueue>> queues;  // outlive the engine, also when an error is thrown
     BuiltEngine built = BuildEngine(args_, {.progress = isatty(STDERR_FILENO) != 0});
     for (const std::string& prompt : prompts_) tokens.push_back(Encode(built, prompt));
     const SamplingParams params = MakeSamplingParams(sampling_, built.sampling);
 
-    std::vector<std::unique_ptr<OutputQueue>> queues;
     for (size_t i = 0; i < tokens.size(); ++i) {
       queues.push_back(std::make_unique<OutputQueue>());
       EngineRequest request;

@@ -175,6 +175,8 @@ def test_errors():
         (("generate", model, "--prompt", "x", "--prompt-token-ids", "1"), "exclude"),
         (("generate", model, "--skip-tokenizer-init", "--prompt-token-ids", "1,x"), "--prompt-token-ids"),
         (("generate", model, "--skip-tokenizer-init", "--prompt-token-ids", "1,512"), "512"),
+        # One of two prompts is wrong: the other one is running when the program ends.
+        (("generate", model, "--skip-tokenizer-init", "--max-tokens", 4000, "--prompt-token-ids", "1,2", "-1"), "-1"),
         (("chat", model), "tokenizer"),
     ]:
         done = weft(*args, status=1)

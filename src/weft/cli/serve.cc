@@ -1,5 +1,3 @@
-#include <unistd.h>
-
 #include <csignal>
 #include <filesystem>
 #include <fstream>
@@ -81,7 +79,6 @@ class Serve : public Command {
                                             .max_num_queued_reqs = max_queued_});
     server_.model_root = built.path;
     server_.default_sampling = built.sampling;
-    if (args_.seed != 0) spdlog::info("Requests without a seed are sampled by --seed = {}", args_.seed);
     {
       Server server(server_, *built.engine, built.tokenizer);
       server.Run();

@@ -242,8 +242,8 @@ int64_t Argmax(const float* x, int64_t n) {
   return std::find(x, x + n, largest) - x;
 }
 
-// Sums of 256 vectors in float, the sum of those in double: the vocabulary has 150k entries.
-constexpr int64_t kSumBlock = 256 * kLanes;
+// Sums of 64 vectors in float, the sum of those in double: the vocabulary has 150k entries.
+constexpr int64_t kSumBlock = 64 * kLanes;
 
 // sum(exp(x - largest)); where `out` is given it receives the terms.
 double SumExp(const float* x, int64_t n, float largest, float* out) {

@@ -1,6 +1,7 @@
-// y = x W^T. Few rows: the panels of W are streamed once, from memory to the multipliers (GemvPanels). Many rows: the
-// loops of Goto & van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), with x in the role of the
-// L2-resident block and a panel of W unpacked to f32 in L1 (GemmPiece).
+// y = x W^T. One row or two: the panels of W are streamed once, from memory to the multipliers (GemvPanels). More: a
+// register tile that unpacks W on its way (StreamChunk). Many, where registers are few: the loops of Goto &
+// van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), with x in the role of the L2-resident block
+// and a panel of W unpacked to f32 in L1 (GemmPiece).
 
 #include <unistd.h>
 
@@ -31,8 +32,8 @@ using cpu::ScratchSlot;
 
 constexpr int64_t kPanelVectors = kPanel / kLanes;
 
-// Rows for which streaming beats unpacking: as many as keep rows x panel vectors of accumulators in registers.
-constexpr int64_t kStreamRows = HWY_TARGET == HWY_AVX3 ? 8 : HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_NEON ? 4 : 1;
+// Rows up to which single panels are streamed: so many rows x panel vectors of sums stay in registers.
+constexpr int64_t kGemvRows = HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR ? 1 : 2;
 
 // Rows 2q and 2q + 1 of a panel, columns j .. j + kLanes, as floats.
 HWY_INLINE void LoadPair(const bf16* panel, int64_t q, int64_t j, VF& even, VF& odd) {
@@ -43,6 +44,17 @@ HWY_INLINE void LoadPair(const bf16* panel, int64_t q, int64_t j, VF& even, VF& 
 HWY_INLINE void LoadPair(const float* panel, int64_t q, int64_t j, VF& even, VF& odd) {
   even = hn::LoadU(DF(), panel + 2 * q * kPanel + j);
   odd = hn::LoadU(DF(), panel + (2 * q + 1) * kPanel + j);
+}
+
+// The even (0) or odd (1) row of the pair at which `pair` points.
+template <int kOdd>
+HWY_INLINE VF LoadHalf(const bf16* pair) {
+  const VU words = LoadWords(pair);
+  return kOdd == 0 ? LowBf16(words) : HighBf16(words);
+}
+template <int kOdd>
+HWY_INLINE VF LoadHalf(const float* pair) {
+  return hn::LoadU(DF(), pair + kOdd * kPanel);
 }
 
 // Adds `bias` and the old value where asked for, and stores the first `valid` of one panel's results.
@@ -70,9 +82,9 @@ HWY_INLINE void StorePanel(const VF (&sums)[kPanelVectors], const LinearArgs& ar
   }
 }
 
-// Panels [panel0, panel1) for rows row0 .. row0 + kRows.
+// Panels [panel0, panel1) for the kRows rows of x.
 template <int kRows, typename T>
-void GemvPanels(const LinearArgs& args, int64_t row0, int64_t panel0, int64_t panel1) {
+void GemvPanels(const LinearArgs& args, int64_t panel0, int64_t panel1) {
   const DF d;
   const PackedWeights& w = *args.w;
   // Independent chains: an FMA's result is ready after 4 cycles and two start in each, so 8 sums are wanted.
@@ -82,12 +94,15 @@ void GemvPanels(const LinearArgs& args, int64_t row0, int64_t panel0, int64_t pa
   constexpr int64_t kAheadBytes = 4096;
   const int64_t pairs = w.k / 2;
   const float* x[kRows];
-  for (int i = 0; i < kRows; ++i) x[i] = args.x + (row0 + i) * args.x_stride;
+  for (int i = 0; i < kRows; ++i) x[i] = args.x + i * args.x_stride;
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const T* weights = reinterpret_cast<const T*>(w.data.as<const char>() + panel * PanelBytes(w));
     VF sums[kUnroll][kRows][kPanelVectors];
+#pragma GCC unroll 4
     for (int64_t u = 0; u < kUnroll; ++u) {
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
         for (int64_t v = 0; v < kPanelVectors; ++v) sums[u][i][v] = hn::Zero(d);
       }
     }
@@ -113,65 +128,217 @@ void GemvPanels(const LinearArgs& args, int64_t row0, int64_t panel0, int64_t pa
     }
     for (; 2 * q < w.k; ++q) {
       const bool whole = 2 * q + 1 < w.k;  // the last row of an odd k has no partner
+#pragma GCC unroll 16
       for (int64_t v = 0; v < kPanelVectors; ++v) {
         VF even, odd;
         LoadPair(weights, q, v * kLanes, even, odd);
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           sums[0][i][v] = hn::MulAdd(even, hn::Set(d, x[i][2 * q]), sums[0][i][v]);
           if (whole) sums[0][i][v] = hn::MulAdd(odd, hn::Set(d, x[i][2 * q + 1]), sums[0][i][v]);
         }
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
       for (int64_t u = 1; u < kUnroll; ++u) {
+#pragma GCC unroll 16
         for (int64_t v = 0; v < kPanelVectors; ++v) sums[0][i][v] = hn::Add(sums[0][i][v], sums[u][i][v]);
       }
-      StorePanel(sums[0][i], args, row0 + i, panel * kPanel, std::min(kPanel, w.n - panel * kPanel));
+      StorePanel(sums[0][i], args, i, panel * kPanel, std::min(kPanel, w.n - panel * kPanel));
     }
   }
 }
 
 template <typename T>
 void GemvRange(const LinearArgs& args, int64_t panel0, int64_t panel1) {
-  for (int64_t row = 0; row < args.m;) {
-    const int64_t rows = args.m - row;
-    if constexpr (kStreamRows >= 8) {
-      if (rows >= 8) {
-        GemvPanels<8, T>(args, row, panel0, panel1);
-        row += 8;
-        continue;
+  switch (args.m) {
+    case 1:
+      return GemvPanels<1, T>(args, panel0, panel1);
+    case 2:
+      if constexpr (kGemvRows >= 2) GemvPanels<2, T>(args, panel0, panel1);
+      return;
+  }
+}
+
+// One chunk of x: rows row0 .. row0 + rows of the problem, elements p0 .. p0 + depth of each, packed in blocks of
+// kDepth: element (row i, p) of the chunk at x[p / kDepth * x_block + i * kRowStride + p % kDepth], a zero behind an
+// odd depth.
+struct Chunk {
+  const float* x = nullptr;
+  int64_t x_block = 0;
+  int64_t row0 = 0;
+  int64_t rows = 0;
+  int64_t p0 = 0;
+  int64_t depth = 0;
+};
+
+// The register tile over packed panels, unpacking W on its way: kRows x kTileCols sums over `k` elements. The shifts
+// and ands run beside the multiply-adds, on ports of their own. Vector v of the columns comes from w[v]; where
+// fetch[v], the rows of W that lie `ahead` bytes further on are fetched meanwhile.
+template <int kRows, typename T>
+void StreamTile(const float* HWY_RESTRICT x, int64_t x_block, const T* const (&w)[2], int64_t k, const bool (&fetch)[2],
+                int64_t ahead, float* HWY_RESTRICT c) {
+  const DF d;
+  VF acc[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = hn::Zero(d);
+  const T* w0 = w[0];
+  const T* w1 = w[1];
+  constexpr int64_t kPairBytes = 2 * kPanel * static_cast<int64_t>(sizeof(T));
+  for (int64_t p0 = 0; p0 < k; p0 += kDepth, x += x_block) {
+    const int64_t pairs = (std::min(kDepth, k - p0) + 1) / 2;
+    const float* a = x;
+    for (int64_t q = 0; q < pairs; ++q) {
+      for (int64_t b = 0; b < kPairBytes && fetch[0]; b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w0) + ahead + b, 0, 2);
       }
-      if (rows >= 5) {
-        switch (rows) {
-          case 5:
-            GemvPanels<5, T>(args, row, panel0, panel1);
-            break;
-          case 6:
-            GemvPanels<6, T>(args, row, panel0, panel1);
-            break;
-          default:
-            GemvPanels<7, T>(args, row, panel0, panel1);
-        }
-        return;
+      for (int64_t b = 0; b < kPairBytes && fetch[1]; b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w1) + ahead + b, 0, 2);
       }
+      const VF even0 = LoadHalf<0>(w0);
+      const VF even1 = LoadHalf<0>(w1);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const VF av = hn::Set(d, a[i * kRowStride]);
+        acc[i][0] = hn::MulAdd(av, even0, acc[i][0]);
+        acc[i][1] = hn::MulAdd(av, even1, acc[i][1]);
+      }
+      const VF odd0 = LoadHalf<1>(w0);
+      const VF odd1 = LoadHalf<1>(w1);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const VF av = hn::Set(d, a[i * kRowStride + 1]);
+        acc[i][0] = hn::MulAdd(av, odd0, acc[i][0]);
+        acc[i][1] = hn::MulAdd(av, odd1, acc[i][1]);
+      }
+      a += 2;
+      w0 += 2 * kPanel;
+      w1 += 2 * kPanel;
     }
-    if constexpr (kStreamRows >= 4) {
-      if (rows >= 4) {
-        GemvPanels<4, T>(args, row, panel0, panel1);
-        row += 4;
-        continue;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    hn::Store(acc[i][0], d, c + i * kTileCols);
+    hn::Store(acc[i][1], d, c + i * kTileCols + kLanes);
+  }
+}
+
+// With 16 registers, 4 of them for the columns of an even and an odd row, 5 rows are left (6 spill: -20 %).
+constexpr int kStreamTileRows = kTileRows == 6 ? 5 : kTileRows;
+
+template <typename T>
+using StreamTileFn = void (*)(const float*, int64_t, const T* const (&)[2], int64_t, const bool (&)[2], int64_t,
+                              float*);
+
+template <typename T, int... kRowsMinus1>
+constexpr std::array<StreamTileFn<T>, sizeof...(kRowsMinus1) + 1> MakeStreamTiles(
+    std::integer_sequence<int, kRowsMinus1...>) {
+  return {nullptr, &StreamTile<kRowsMinus1 + 1, T>...};
+}
+
+// `height` rows of a tile of results, from row `row` and column `col` on. The first chunk of a row adds the bias, and
+// the old value where asked for; the others add to what the first one left.
+void StoreTile(const float* tile, const LinearArgs& args, int64_t row, int64_t height, int64_t col, bool first) {
+  const DF d;
+  const int64_t valid = std::min(kTileCols, args.w->n - col);
+  const float* bias = first && args.bias != nullptr ? args.bias + col : nullptr;
+  const bool add = !first || args.accumulate;
+  for (int64_t i = 0; i < height; ++i) {
+    const float* from = tile + i * kTileCols;
+    float* y = args.y + (row + i) * args.y_stride + col;
+    if (valid == kTileCols) {
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < 2; ++v) {
+        VF r = hn::Load(d, from + v * kLanes);
+        if (bias != nullptr) r = hn::Add(r, hn::LoadU(d, bias + v * kLanes));
+        if (add) r = hn::Add(r, hn::LoadU(d, y + v * kLanes));
+        hn::StoreU(r, d, y + v * kLanes);
       }
-      if (rows == 3) {
-        GemvPanels<3, T>(args, row, panel0, panel1);
-        return;
-      }
-      if (rows == 2) {
-        GemvPanels<2, T>(args, row, panel0, panel1);
-        return;
-      }
+      continue;
     }
-    GemvPanels<1, T>(args, row, panel0, panel1);
-    ++row;
+    for (int64_t j = 0; j < valid; ++j) {
+      float r = from[j];
+      if (bias != nullptr) r += bias[j];
+      if (add) r += y[j];
+      y[j] = r;
+    }
+  }
+}
+
+// The results may lie in L3 or in memory: they are asked for before the arithmetic, which takes about a microsecond.
+HWY_INLINE void PrefetchResults(const LinearArgs& args, int64_t row, int64_t height, int64_t col, int64_t width) {
+  const float* y = args.y + row * args.y_stride + col;
+  const int64_t last = std::min(width, args.w->n - col) - 1;
+  for (int64_t i = 0; i < height; ++i, y += args.y_stride) {
+    __builtin_prefetch(y, 1);
+    __builtin_prefetch(y + last, 1);
+  }
+}
+
+int64_t DepthBlocks(int64_t k) { return (k + kDepth - 1) / kDepth; }
+
+// A chunk of x times panels [panel0, panel1).
+template <typename T>
+void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int64_t panel1) {
+  static constexpr auto kTiles = MakeStreamTiles<T>(std::make_integer_sequence<int, kStreamTileRows>());
+  const PackedWeights& w = *args.w;
+  const Strips strips(chunk.rows, kStreamTileRows);
+  const int64_t col_end = std::min(panel1 * kPanel, w.n);
+  auto panel_at = [&](int64_t col) {  // the last columns may have no panel behind them: any other will do
+    const int64_t panel = std::min(col / kPanel, panel1 - 1);
+    return reinterpret_cast<const T*>(w.data.as<const char>() + panel * PanelBytes(w)) + chunk.p0 * kPanel +
+           col % kPanel * (sizeof(T) == 2 ? 2 : 1);
+  };
+  // The next tile's panels are fetched while the first strip or two of rows go over this one's: a core's arithmetic on
+  // 12 rows takes about as long as memory takes to bring the next panels.
+  const int64_t ahead = std::max<int64_t>(1, kTileCols / kPanel) * PanelBytes(w);
+  constexpr bool kTwoPanels = kTileCols > kPanel;
+  HWY_ALIGN float tile[kTileRows * kTileCols];
+  for (int64_t col = panel0 * kPanel; col < col_end; col += kTileCols) {
+    const T* panels[2] = {panel_at(col), panel_at(col + kLanes)};
+    const bool more = col + kTileCols < col_end;
+    int64_t row = 0;
+    for (int64_t s = 0; s < strips.count; ++s) {
+      const int64_t height = strips.HeightOf(s);
+      const bool fetch[2] = {more && s == 0, more && kTwoPanels && s == (strips.count > 1 ? 1 : 0)};
+      PrefetchResults(args, chunk.row0 + row, height, col, kTileCols);
+      kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch, ahead,
+                                          tile);
+      StoreTile(tile, args, chunk.row0 + row, height, col, chunk.p0 == 0);
+      row += height;
+    }
+  }
+}
+
+// Packs elements p0 .. p0 + depth of rows [begin, end) of x, whose place is that of rows begin - row0 of a chunk.
+void PackRows(const LinearArgs& args, int64_t begin, int64_t end, int64_t p0, int64_t depth, int64_t row0,
+              int64_t x_block, float* to) {
+  for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
+    const int64_t count = std::min(kDepth, depth - d0);
+    for (int64_t row = begin; row < end; ++row) {
+      float* out = to + d0 / kDepth * x_block + (row - row0) * kRowStride;
+      ToFloats(args.x + row * args.x_stride + p0 + d0, count, out);
+      out[count] = 0.0f;  // the partner of the last row of an odd k
+    }
+  }
+}
+
+// Rows [row0, row1) x panels [panel0, panel1), in chunks of x that one thread packs and keeps in its L2.
+template <typename T>
+void StreamPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1, int64_t depth) {
+  const int64_t rows = row1 - row0;
+  float* x = ScratchOf<float>(ScratchSlot::kWork, rows * kRowStride * DepthBlocks(depth));
+  for (int64_t p0 = 0; p0 < args.w->k; p0 += depth) {
+    const Chunk chunk = {.x = x,
+                         .x_block = rows * kRowStride,
+                         .row0 = row0,
+                         .rows = rows,
+                         .p0 = p0,
+                         .depth = std::min(depth, args.w->k - p0)};
+    PackRows(args, row0, row1, p0, chunk.depth, row0, chunk.x_block, x);
+    StreamChunk<T>(args, chunk, panel0, panel1);
   }
 }
 
@@ -264,6 +431,7 @@ void GemmPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel
             for (int64_t n = 0; n < next_panels; ++n) PrefetchRange(next + n * PanelBytes(w) + fetched, bytes);
             fetched += bytes;
           }
+          PrefetchResults(args, row0 + i, height, col, width);
           TileFn tile = width == kTileCols ? TileOf<2, kRowStride, 1>(height) : TileOf<1, kRowStride, 1>(height);
           if (whole) {
             tile(a + i * kRowStride, tile_b, depth, args.y + (row0 + i) * args.y_stride + col, args.y_stride, store,
@@ -278,33 +446,61 @@ void GemmPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel
   }
 }
 
-// Rows of x that one thread keeps packed in its L2 at a time: half of it, the other half is for what streams through.
-int64_t RowsPerPiece() {
-  static const int64_t rows = [] {
+int64_t L2Bytes() {
+  static const int64_t bytes = [] {
     const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    const int64_t half = (l2 > 0 ? l2 : int64_t{512} << 10) / 2;
-    return std::clamp<int64_t>(half / (kRowStride * 4), 8 * kTileRows, 512);
+    return l2 > 0 ? l2 : int64_t{512} << 10;
   }();
-  return rows;
+  return bytes;
 }
+
+// Rows of x that one thread keeps packed in its L2 at a time: half of it, the other half is for what streams through.
+int64_t RowsPerPiece() { return std::clamp<int64_t>(L2Bytes() / 2 / (kRowStride * 4), 8 * kTileRows, 512); }
+
+// Rows beyond which panels are unpacked to f32 once rather than on the way. With 32 registers (and ports to spare for
+// the shifts) that never pays; a tile of 6 rows has 4 conversions for every 24 multiply-adds.
+constexpr int64_t kStreamRows = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? int64_t{1} << 40 : 24;
+
+// Elements of x's rows that are multiplied before the results go to memory and come back. For R = rows * depth floats
+// of x in L2, each cycle of the multipliers reads 64 / rows bytes of bf16 weights and moves 256 / depth bytes of
+// results: equal at depth = 4 * rows. R = 128k (half of 1 MiB) gives 700; 1024 also spares models of that width any
+// return.
+constexpr int64_t kChunkDepth = 4 * kDepth;
 
 template <typename T>
 void LinearOf(const LinearArgs& args, ThreadPool& pool) {
+  const int64_t k = args.w->k;
   const int64_t panels = (args.w->n + kPanel - 1) / kPanel;
   const int64_t threads = pool.size();
   // Below this much work waking the other threads costs more than it brings (some microseconds).
-  const bool small = args.m * args.w->n * args.w->k < int64_t{1} << 17;
-  if (args.m <= kStreamRows) {
+  const bool small = args.m * args.w->n * k < int64_t{1} << 17;
+  const int64_t grain = small ? panels : std::max<int64_t>(1, (panels + threads * 4 - 1) / (threads * 4));
+  if (args.m <= kGemvRows) {
     // A few pieces a thread, so that one which was held up elsewhere does not hold up the rest.
-    const int64_t grain = small ? panels : std::max<int64_t>(1, (panels + threads * 4 - 1) / (threads * 4));
     pool.ParallelFor(panels, grain, [&](int64_t begin, int64_t end, int) { GemvRange<T>(args, begin, end); });
     return;
   }
-  int64_t row_pieces = (args.m + RowsPerPiece() - 1) / RowsPerPiece();
+  const bool stream = args.m <= kStreamRows;
+  const int64_t x_block = args.m * kRowStride;
+  if (stream && x_block * DepthBlocks(k) * 4 <= L2Bytes() / 2) {
+    // All of x fits the L2 of every core: packed once, by all, for all.
+    float* x = ScratchOf<float>(ScratchSlot::kShared, x_block * DepthBlocks(k));
+    pool.ParallelFor(args.m, std::max<int64_t>(1, 32768 / k),
+                     [&](int64_t begin, int64_t end, int) { PackRows(args, begin, end, 0, k, 0, x_block, x); });
+    const Chunk chunk = {.x = x, .x_block = x_block, .row0 = 0, .rows = args.m, .p0 = 0, .depth = k};
+    pool.ParallelFor(panels, (grain + 1) / 2 * 2,
+                     [&](int64_t begin, int64_t end, int) { StreamChunk<T>(args, chunk, begin, end); });
+    return;
+  }
+  const int64_t chunks = (k + kChunkDepth - 1) / kChunkDepth;
+  const int64_t depth = (DepthBlocks(k) + chunks - 1) / chunks * kDepth;
+  const int64_t most_rows =
+      stream ? std::max<int64_t>(2 * kTileRows, L2Bytes() / 2 / (4 * kRowStride) * kDepth / depth) : RowsPerPiece();
+  int64_t row_pieces = (args.m + most_rows - 1) / most_rows;
   int64_t col_pieces = 1;
   if (!small && threads > 1) {
-    // By rows if each thread gets enough of them to make the unpacking of W (once per piece) cheap, else by columns.
-    if (args.m >= 96 * threads) {
+    // By rows if each thread gets enough of them to make reading W (once a piece) cheap, else by columns.
+    if (args.m >= 64 * threads) {
       row_pieces = (row_pieces + threads - 1) / threads * threads;
     } else {
       const int64_t blocks = (panels + kBlockPanels - 1) / kBlockPanels;
@@ -312,13 +508,20 @@ void LinearOf(const LinearArgs& args, ThreadPool& pool) {
     }
   }
   const int64_t rows_each = (args.m + row_pieces - 1) / row_pieces;
+  row_pieces = (args.m + rows_each - 1) / rows_each;
   const int64_t panels_each = ((panels + col_pieces - 1) / col_pieces + kBlockPanels - 1) / kBlockPanels * kBlockPanels;
   col_pieces = (panels + panels_each - 1) / panels_each;
   pool.ParallelFor(row_pieces * col_pieces, small ? row_pieces * col_pieces : 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row0 = piece / col_pieces * rows_each;
+      const int64_t row1 = std::min(row0 + rows_each, args.m);
       const int64_t panel0 = piece % col_pieces * panels_each;
-      GemmPiece<T>(args, row0, std::min(row0 + rows_each, args.m), panel0, std::min(panel0 + panels_each, panels));
+      const int64_t panel1 = std::min(panel0 + panels_each, panels);
+      if (stream) {
+        StreamPiece<T>(args, row0, row1, panel0, panel1, depth);
+      } else {
+        GemmPiece<T>(args, row0, row1, panel0, panel1);
+      }
     }
   });
 }

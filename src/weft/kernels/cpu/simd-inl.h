@@ -64,13 +64,6 @@ template <int kRows, int kVectors, int64_t kAI, int64_t kAP>
 void Tile(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t k, float* HWY_RESTRICT c, int64_t c_stride,
           TileStore store, const float* HWY_RESTRICT aux) {
   const DF d;
-  // The results may lie in L3 or in memory: ask for them before the arithmetic, which takes about a microsecond.
-  float* row = c;
-#pragma GCC unroll 1
-  for (int i = 0; i < kRows; ++i, row += c_stride) {
-    __builtin_prefetch(row, 1);
-    __builtin_prefetch(row + kVectors * kLanes - 1, 1);
-  }
   VF acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -131,10 +124,10 @@ TileFn TileOf(int64_t rows) {
   return kTiles[static_cast<size_t>(rows)];
 }
 
-// Cuts `total` rows into strips of nearly equal height, at most kTileRows each: 16 rows are 8 + 8 rather than 12 + 4.
+// Cuts `total` rows into strips of nearly equal height, at most `most` each: 16 rows are 8 + 8 rather than 12 + 4.
 struct Strips {
-  explicit Strips(int64_t total)
-      : count((total + kTileRows - 1) / kTileRows),
+  explicit Strips(int64_t total, int64_t most = kTileRows)
+      : count((total + most - 1) / most),
         height(count > 0 ? total / count : 0),
         taller(count > 0 ? total % count : 0) {}
   int64_t HeightOf(int64_t strip) const { return height + (strip < taller ? 1 : 0); }

@@ -26,6 +26,8 @@ fi
 work=$(mktemp -d)
 log=$work/server.log
 server=
+: >"$log"
+: >"$work/server.out"  # so that they are there to be looked at before the server has started
 finish() {
   if [[ -n $server ]]; then kill -KILL "$server" 2>/dev/null || true; fi
   rm -rf "$work"
@@ -67,6 +69,8 @@ kill -TERM "$server"
 code=0
 wait "$server" || code=$?
 server=
+: >"$log"
+: >"$work/server.out"  # so that they are there to be looked at before the server has started
 if ((code != 0)); then
   echo "the server exited with $code after SIGTERM" >&2
   status=1

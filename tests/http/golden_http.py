@@ -16,7 +16,8 @@ LAYOUTS = {
     "llama_tied": [["-pcp", "2", "-tp", "2", "-dcp", "2", "--cp-kv-cache-interleave-size", "8"]],
     "llama_bias": [["--tensor-parallel-size", "2"]],
     "qwen2_yarn": [["--prefill-context-parallel-size", "3"]],
-    "qwen3": [["-tp", "4", "-dcp", "2", "-pcp", "2", "--max-num-batched-tokens", "100"], ["--no-enable-chunked-prefill"]],
+    "qwen3": [["-tp", "4", "-dcp", "2", "-pcp", "2", "--max-num-batched-tokens", "100", "--max-num-seqs", "16"],
+              ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2200"]],
 }
 
 

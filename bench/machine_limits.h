@@ -22,11 +22,11 @@ struct MachineLimits {
   int threads = 1;
   Rate fma_gflops;    // f32 fused multiply-adds on registers, two FLOP each
   Rate read_gb_s;     // reading memory that is in no cache, one stream a thread; 10^9 bytes
-  Rate sgemm_gflops;  // OpenBLAS, serial build, one 1024^3 product a thread at a time; 0 where it is not linked in
+  Rate sgemm_gflops;  // OpenBLAS, serial build, one 768^3 product a thread at a time; 0 where it is not linked in
 };
 
-// Takes about two seconds. Each figure is the best of several short runs, for whatever else runs on the machine can
-// only make them smaller.
+// Takes about two seconds. Each figure is the best of many runs of a few milliseconds, shorter than a time slice, for
+// whatever else runs on the machine can only make them smaller.
 MachineLimits MeasureMachineLimits(ThreadPool& pool, Clock clock = Clock::kWall);
 
 // A few lines of text for the head of a report.

@@ -1,6 +1,7 @@
 #include "weft/cli/build_engine.h"
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <fstream>
 
@@ -19,6 +20,23 @@ using nlohmann::json;
 DType DTypeOf(const std::string& name, DType automatic) {
   if (name == "auto") return automatic;
   return name == "float32" ? DType::kF32 : DType::kBF16;
+}
+
+ContextExchange ExchangeOf(const std::string& name) {
+  if (name == "auto") return ContextExchange::kAuto;
+  return name == "gather-q" ? ContextExchange::kGatherQ : ContextExchange::kGatherKv;
+}
+
+// 0 for "auto", as ExecutorOptions has it.
+int64_t PcpMinTokens(const std::string& text) {
+  if (text == "auto") return 0;
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 1) {
+    throw Error(fmt::format("--pcp-min-tokens = {}: must be auto or a number of at least 1", text),
+                ErrorKind::kInvalidArgument, "--pcp-min-tokens");
+  }
+  return value;
 }
 
 json ReadGenerationConfig(const std::string& folder, bool must_exist) {
@@ -112,11 +130,13 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   std::shared_ptr<const Checkpoint> checkpoint = OpenCheckpoint(built.path, args.hf_overrides);
   built.config = checkpoint->config();
   built.sampling = LoadSamplingDefaults(args, built.path);
-  built.parallel = {.prefill_context_parallel = args.prefill_context_parallel,
-                    .decode_context_parallel = args.decode_context_parallel,
-                    .tensor_parallel = args.tensor_parallel,
-                    .kv_interleave = args.kv_interleave,
-                    .block_tokens = args.block_size};
+  built.parallel = {
+      .prefill_context_parallel = args.prefill_context_parallel,
+      .decode_context_parallel = args.decode_context_parallel,
+      .tensor_parallel = args.tensor_parallel,
+      .kv_interleave = args.kv_interleave,
+      .block_tokens = args.block_size,
+      .pcp_kv_layout = args.pcp_kv_layout == "replicated" ? cp::PcpKvLayout::kReplicated : cp::PcpKvLayout::kSharded};
   cp::Validate(built.parallel, {.heads = static_cast<int32_t>(built.config.num_heads),
                                 .kv_heads = static_cast<int32_t>(built.config.num_kv_heads)});
 
@@ -179,6 +199,8 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
                                       .threads_per_rank = args.threads_per_rank,
                                       .num_blocks = size.num_blocks,
                                       .max_model_len = size.max_model_len,
+                                      .exchange = ExchangeOf(args.context_exchange),
+                                      .pcp_min_tokens = PcpMinTokens(args.pcp_min_tokens),
                                       .seed = static_cast<uint64_t>(args.seed),
                                       .progress = options.progress},
                                      std::move(checkpoint));

@@ -61,6 +61,21 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
       .Add("cp-kv-cache-interleave-size", &a.kv_interleave,
            "Consecutive tokens that go to one shard of the KV cache; divides --block-size.")
       .Range(1);
+  options
+      .Add(
+          "pcp-kv-layout", &a.pcp_kv_layout,
+          "`sharded`: the KV cache is spread over the PCP ranks, too, for the most room; `replicated`: PCP divides the "
+          "computation only, and every PCP rank holds a request's whole KV.")
+      .Choices({"sharded", "replicated"});
+  options.Add(
+      "pcp-min-tokens", &a.pcp_min_tokens,
+      "Prompts of fewer new tokens are not cut over the PCP ranks but run whole on one of them: `auto` or a number.");
+  options
+      .Add("cp-context-exchange", &a.context_exchange,
+           "How a query meets the keys of other ranks: `gather-q` sends the query to them, `gather-kv` brings the keys "
+           "to "
+           "it, `auto` chooses for each request and step.")
+      .Choices({"auto", "gather-q", "gather-kv"});
   options.Add("threads-per-rank", &a.threads_per_rank, "Compute threads of a rank.")
       .Range(0, 4096)
       .DefaultText("the CPUs divided by the ranks");

@@ -26,6 +26,9 @@ struct EngineArgs {
   int32_t prefill_context_parallel = 1;
   int32_t decode_context_parallel = 1;
   int32_t kv_interleave = 1;
+  std::string pcp_kv_layout = "sharded";
+  std::string pcp_min_tokens = "auto";
+  std::string context_exchange = "auto";
   int32_t threads_per_rank = 0;
   std::string kernels = "auto";
 

@@ -56,9 +56,7 @@ std::vector<int> AllowedCpus() {
 
 ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) : shared_(std::make_unique<Shared>()) {
   WEFT_CHECK(threads >= 1, "threads = {}", threads);
-  auto cpu_of = [&](int thread) {
-    return cpus.empty() ? -1 : cpus[static_cast<size_t>(thread) % cpus.size()];
-  };
+  auto cpu_of = [&](int thread) { return cpus.empty() ? -1 : cpus[static_cast<size_t>(thread) % cpus.size()]; };
   if (!cpus.empty()) PinThisThread(cpu_of(0));
   workers_.reserve(static_cast<size_t>(threads - 1));
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, cpu = cpu_of(i)] { Work(i, cpu); });

@@ -15,7 +15,8 @@ namespace weft {
 // for a while after a task and then sleep. Not for concurrent callers: one rank, one pool.
 class ThreadPool {
  public:
-  // `threads` >= 1 counts the caller. `cpus`: CPU numbers to pin threads 0, 1, ... to (the caller too); empty: no pinning.
+  // `threads` >= 1 counts the caller. `cpus`: CPU numbers to pin threads 0, 1, ... to (the caller too); empty: no
+  // pinning.
   explicit ThreadPool(int threads, const std::vector<int>& cpus = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

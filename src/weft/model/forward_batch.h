@@ -12,10 +12,10 @@ namespace weft {
 
 // Consecutive query rows of one request.
 struct QuerySegment {
-  size_t request = 0;          // index into StepPlan::requests
-  int64_t row0 = 0;            // first row
-  int64_t rows = 0;            // >= 1
-  int64_t first_position = 0;  // global position of row0
+  size_t request = 0;                    // index into StepPlan::requests
+  int64_t row0 = 0;                      // first row
+  int64_t rows = 0;                      // >= 1
+  int64_t first_position = 0;            // global position of row0
   std::span<const int32_t> block_table;  // virtual blocks of the request
 };
 

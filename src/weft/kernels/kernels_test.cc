@@ -115,6 +115,20 @@ TEST_P(LinearTest, MoreThanOneCacheBlock) {
   Check(Int(40, 60), Int(300, 400), 256);
 }
 
+TEST_P(LinearTest, ScratchOfAnEarlierCallDoesNotMatter) {
+  // Leaves NaN wherever a kernel keeps packed rows; an odd k must not multiply one with its padding.
+  for (const int64_t m : {2, 9, 40, 300}) {
+    const Weights w = MakeWeights(40, 300, DType::kF32, DType::kF32);
+    const std::vector<float> x(static_cast<size_t>(m * 300), std::nanf(""));
+    std::vector<float> y(static_cast<size_t>(m * 40));
+    for (ThreadPool* p : {&pool1, &pool3}) {
+      table().linear({.x = x.data(), .x_stride = 300, .m = m, .w = &w.packed, .y = y.data(), .y_stride = 40}, *p);
+    }
+    Check(m, 40, 37);
+    Check(m, 40, 299);
+  }
+}
+
 TEST_P(LinearTest, NoRows) {
   const Weights w = MakeWeights(20, 8, DType::kBF16, DType::kF32);
   float y = kUntouched;

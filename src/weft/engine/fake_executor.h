@@ -46,7 +46,7 @@ class FakeExecutor : public StepExecutor {
       Must(found != known_.end(), "a step of an unknown request");
       Known& known = found->second;
       known.tokens.insert(known.tokens.end(), step.appended_token_ids.begin(), step.appended_token_ids.end());
-      if (step.first_block == 0) known.computed = 0;
+      if (step.first_block == 0) known.computed = step.computed;  // what the prefix cache had
       const auto length = static_cast<int64_t>(known.tokens.size());
       Must(step.computed == known.computed && step.tokens >= 1, "computed tokens do not go on where they ended");
       known.computed += step.tokens;

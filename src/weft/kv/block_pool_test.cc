@@ -13,46 +13,59 @@ namespace {
 
 using cp::InRange;
 
-// Against a plain queue and a map of counts.
-TEST(BlockPool, BehavesLikeAQueue) {
+// Against two plain queues and a map of counts.
+TEST(BlockPool, HandsOutWhatIsNotKeptFirst) {
   EXPECT_TRUE(rc::check([] {
     const int32_t size = InRange(0, 20);
     BlockPool pool(size);
-    std::deque<int32_t> queue;
+    std::deque<int32_t> queues[2];
     std::map<int32_t, int32_t> refs;
-    for (int32_t b = 0; b < size; ++b) queue.push_back(b);
+    std::map<int32_t, bool> kept;
+    for (int32_t b = 0; b < size; ++b) queues[0].push_back(b);
+    const auto next = [&]() -> std::deque<int32_t>& { return queues[queues[0].empty() ? 1 : 0]; };
     for (int i = InRange(0, 200); i > 0; --i) {
-      switch (InRange(0, 4)) {
+      const int32_t block = size > 0 ? InRange(0, size) : 0;
+      switch (InRange(0, 5)) {
         case 0:
         case 1:
-          if (!queue.empty()) {
-            const int32_t block = pool.Allocate();
-            RC_ASSERT(block == queue.front());
-            queue.pop_front();
-            refs[block] = 1;
+          if (!next().empty()) {
+            const int32_t got = pool.Allocate();
+            RC_ASSERT(got == next().front());
+            next().pop_front();
+            refs[got] = 1;
           }
           break;
         case 2:
-          if (size > 0) {
-            const int32_t block = InRange(0, size);
-            pool.AddRef(block);
-            if (refs[block]++ == 0) std::erase(queue, block);
+          if (size == 0) break;
+          pool.AddRef(block);
+          if (refs[block]++ == 0) std::erase(queues[kept[block]], block);
+          break;
+        case 3:
+          if (size == 0) break;
+          {
+            const bool keep = InRange(0, 2) == 1;
+            pool.SetKept(block, keep);
+            if (keep == kept[block]) break;
+            if (refs[block] == 0) std::erase(queues[kept[block]], block);
+            kept[block] = keep;
+            if (refs[block] == 0) queues[keep].push_back(block);
           }
           break;
         default:
-          if (size > 0) {
-            const int32_t block = InRange(0, size);
-            if (refs[block] == 0) break;
-            pool.Release(block);
-            if (--refs[block] == 0) queue.push_back(block);
-          }
+          if (refs[block] == 0) break;
+          pool.Release(block);
+          if (--refs[block] == 0) queues[kept[block]].push_back(block);
       }
-      RC_ASSERT(pool.num_free() == static_cast<int64_t>(queue.size()));
-      for (int32_t b = 0; b < size; ++b) RC_ASSERT(pool.refs(b) == refs[b]);
+      RC_ASSERT(pool.num_free() == static_cast<int64_t>(queues[0].size() + queues[1].size()));
+      RC_ASSERT(pool.num_free_kept() == static_cast<int64_t>(queues[1].size()));
+      for (int32_t b = 0; b < size; ++b) {
+        RC_ASSERT(pool.refs(b) == refs[b]);
+        RC_ASSERT(pool.kept(b) == kept[b]);
+      }
     }
-    while (!queue.empty()) {
-      RC_ASSERT(pool.Allocate() == queue.front());
-      queue.pop_front();
+    while (!next().empty()) {
+      RC_ASSERT(pool.Allocate() == next().front());
+      next().pop_front();
     }
   }));
 }

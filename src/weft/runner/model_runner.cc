@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "weft/core/error.h"
+#include "weft/runner/block_copy.h"
 #include "weft/runner/sampler.h"
 
 namespace weft {
@@ -20,6 +21,7 @@ ModelRunner::ModelRunner(Transformer::Options options, const BatchOptions& batch
 
 std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTable& table) {
   const RankBatch batch = MakeRankBatch(plan, table, batch_options_, o_.coord);
+  CopyBlocks(plan);
   transformer_.Forward(batch.forward);
 
   const bool looks = o_.coord.tp == 0;
@@ -44,6 +46,19 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTabl
     });
   }
   return found;
+}
+
+// Before the forward pass, and without a barrier of its own. A rank copies what is on its own shard, which nobody else
+// writes. Of the rows that come after the copy, gather-Q rows read this rank's shard alone; gather-KV rows of other
+// ranks read it, too, but only behind the barrier that follows the storing of the first layer's new keys, which every
+// rank enters when any of them has such rows. Earlier steps are over on all ranks before this one begins.
+void ModelRunner::CopyBlocks(const StepPlan& plan) {
+  const cp::KvLayout layout{.block_tokens = o_.parallel.block_tokens,
+                            .interleave = o_.parallel.kv_interleave,
+                            .shards = o_.parallel.KvShards()};
+  for (const RequestStep& step : plan.requests) {
+    for (const BlockCopy& copy : step.copies) CopyBlock(copy, layout, o_.coord.kv_shard, *o_.cache, *o_.pool);
+  }
 }
 
 void ModelRunner::LookAt(const LogitsRow& row, const RequestState& state, const StepPlan& plan, std::span<float> logits,

@@ -22,6 +22,7 @@ class ModelRunner {
   std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table);
 
  private:
+  void CopyBlocks(const StepPlan& plan);
   void LookAt(const LogitsRow& row, const RequestState& state, const StepPlan& plan, std::span<float> logits,
               RowOutput& out) const;
 

@@ -21,6 +21,15 @@ struct NewRequest {
   SamplingParams params;
 };
 
+// The first `tokens` tokens of a virtual block, put into another one: of what a rank stores of them on its shard, all
+// layers, before anything of the step is computed. The source is not written to in this step (below its first `tokens`
+// tokens), the destination belongs to the request alone.
+struct BlockCopy {
+  int32_t source = 0;
+  int32_t destination = 0;
+  int64_t tokens = 0;
+};
+
 // What one request does in this step: its tokens [computed, computed + tokens) are run.
 struct RequestStep {
   RequestHandle handle = 0;
@@ -36,6 +45,9 @@ struct RequestStep {
   // first_block = 0 starts anew (first step, or the first after a preemption).
   int32_t first_block = 0;
   std::vector<int32_t> block_ids;
+  // Only where the request is in prefill and its block table begins anew: what it shares of a block with others that go
+  // on differently. Counted in `computed`.
+  std::vector<BlockCopy> copies;
 };
 
 struct StepPlan {

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 namespace weft {
 
 FakeRanks::FakeRanks(const Limits& limits)
@@ -27,14 +29,18 @@ FakeRanks::Slot& FakeRanks::SlotOf(const Live& live, int64_t position) {
 StepOutput FakeRanks::Execute(const StepPlan& plan) {
   StepOutput output;
   Begin(plan);
-  std::set<int32_t> used;
+  Users users;
   for (const RequestStep& step : plan.requests) {
     if (!problem_.empty()) return output;
-    Apply(plan, step, used);
+    Apply(plan, step, users);
   }
   for (const RequestStep& step : plan.requests) {
     if (!problem_.empty()) return output;
-    output.rows.push_back(Run(plan, step));
+    Copy(plan, step, users);
+  }
+  for (const RequestStep& step : plan.requests) {
+    if (!problem_.empty()) return output;
+    output.rows.push_back(Run(plan, step, users));
   }
   return output;
 }
@@ -45,9 +51,11 @@ void FakeRanks::Begin(const StepPlan& plan) {
     if (live_.erase(handle) == 0) Wrong(plan, handle, "released but not known");
   }
   for (const NewRequest& request : plan.admitted) {
-    const auto [entry, inserted] = live_.emplace(request.handle, Live{.request = request, .tokens = {}, .blocks = {}});
+    const auto [entry, inserted] =
+        live_.emplace(request.handle, Live{.request = request, .tokens = {}, .blocks = {}, .history = {}});
     if (!inserted) Wrong(plan, request.handle, "admitted twice");
     entry->second.tokens = request.prompt_token_ids;
+    entry->second.salt = salts_[request.handle];
   }
   int64_t tokens = 0;
   std::set<RequestHandle> handles;
@@ -63,7 +71,7 @@ void FakeRanks::Begin(const StepPlan& plan) {
   if (static_cast<int64_t>(handles.size()) > limits_.max_num_seqs) Wrong(plan, 0, "over max_num_seqs");
 }
 
-void FakeRanks::Apply(const StepPlan& plan, const RequestStep& step, std::set<int32_t>& used) {
+void FakeRanks::Apply(const StepPlan& plan, const RequestStep& step, Users& users) {
   Live& live = live_.at(step.handle);
   live.tokens.insert(live.tokens.end(), step.appended_token_ids.begin(), step.appended_token_ids.end());
   const auto known = static_cast<int64_t>(live.tokens.size());
@@ -73,9 +81,16 @@ void FakeRanks::Apply(const StepPlan& plan, const RequestStep& step, std::set<in
   }
   live.blocks.resize(static_cast<size_t>(step.first_block));
   live.blocks.insert(live.blocks.end(), step.block_ids.begin(), step.block_ids.end());
+  for (auto p = static_cast<int64_t>(live.history.size()); p < known; ++p) {
+    const uint64_t before = p == 0 ? live.salt ^ 14695981039346656037u : live.history.back();
+    live.history.push_back((before ^ static_cast<uint32_t>(live.tokens[static_cast<size_t>(p)]) ^ before >> 31) *
+                           0x9e3779b97f4a7c15u);
+  }
   if (step.first_block == 0) {
-    live.computed = 0;
+    if (!limits_.prefix_caching && step.computed != 0) Wrong(plan, step.handle, "a hit without prefix caching");
+    live.computed = live.first_computed = step.computed;  // whether all that is there, Run sees
     live.prefill_until = known;
+    reused_tokens_ += step.computed;
     ++live.lives;
   }
   if (step.tokens < 1) return Wrong(plan, step.handle, "no token");
@@ -89,34 +104,75 @@ void FakeRanks::Apply(const StepPlan& plan, const RequestStep& step, std::set<in
   }
   for (const int32_t block : live.blocks) {
     if (block < 0 || block >= limits_.num_blocks) return Wrong(plan, step.handle, "block out of range");
-    if (!used.insert(block).second) return Wrong(plan, step.handle, fmt::format("block {} is shared", block));
+    if (!users[block].insert(step.handle).second) {
+      return Wrong(plan, step.handle, fmt::format("block {} has two places in the table", block));
+    }
   }
   const bool prefill = live.computed < live.prefill_until;
   if (step.prefill != prefill) return Wrong(plan, step.handle, "wrong prefill flag");
   if (!prefill && step.tokens != 1) return Wrong(plan, step.handle, "a decode row of several tokens");
   if (step.sample != (end == known)) return Wrong(plan, step.handle, "wrong sample flag");
-  if (prefill && !limits_.chunked_prefill && (step.computed != 0 || !step.sample)) {
+  if (prefill && !limits_.chunked_prefill && (step.computed != live.first_computed || !step.sample)) {
     return Wrong(plan, step.handle, "a chunk, though chunks are off");
   }
 }
 
-RowOutput FakeRanks::Run(const StepPlan& plan, const RequestStep& step) {
+bool FakeRanks::Mine(const StepPlan& plan, RequestHandle handle, int32_t block, int64_t offset, const Users& users) {
+  if (users.at(block).size() != 1) {
+    Wrong(plan, handle, fmt::format("writes to block {}, which others use", block));
+    return false;
+  }
+  for (const RequestStep& step : plan.requests) {
+    for (const BlockCopy& copy : step.copies) {
+      if (copy.source != block || offset >= copy.tokens) continue;
+      Wrong(plan, handle, fmt::format("writes to block {}, from which request {} copies", block, step.handle));
+      return false;
+    }
+  }
+  return true;
+}
+
+void FakeRanks::Copy(const StepPlan& plan, const RequestStep& step, const Users& users) {
+  const Live& live = live_.at(step.handle);
+  const int64_t whole = limits_.virtual_block_tokens;
+  for (const BlockCopy& copy : step.copies) {
+    if (!step.prefill || step.first_block != 0) return Wrong(plan, step.handle, "a copy in the middle of a life");
+    if (copy.source < 0 || copy.source >= limits_.num_blocks) return Wrong(plan, step.handle, "no such source");
+    if (copy.tokens < 1 || copy.tokens > whole) return Wrong(plan, step.handle, "wrong count of a copy");
+    // It ends where the computing begins.
+    const auto place = static_cast<size_t>((step.computed - 1) / whole);
+    if (live.blocks[place] != copy.destination || (step.computed - 1) % whole + 1 != copy.tokens) {
+      return Wrong(plan, step.handle, "a copy to where it is not wanted");
+    }
+    if (!Mine(plan, step.handle, copy.destination, 0, users)) return;
+    // What is behind the copied tokens is anything.
+    std::fill_n(SlotsOf(copy.destination), whole, Slot{});
+    std::copy_n(SlotsOf(copy.source), copy.tokens, SlotsOf(copy.destination));
+    copied_tokens_ += copy.tokens;
+  }
+}
+
+RowOutput FakeRanks::Run(const StepPlan& plan, const RequestStep& step, const Users& users) {
   Live& live = live_.at(step.handle);
   RowOutput row;
   row.handle = step.handle;
   const int64_t end = step.computed + step.tokens;
   for (int64_t p = step.computed; p < end; ++p) {
-    SlotOf(live, p) = {.handle = step.handle, .position = p, .token = live.tokens[static_cast<size_t>(p)]};
+    const auto i = static_cast<size_t>(p);
+    const int32_t block = live.blocks[static_cast<size_t>(p / limits_.virtual_block_tokens)];
+    if (!Mine(plan, step.handle, block, p % limits_.virtual_block_tokens, users)) return row;
+    SlotOf(live, p) = {.history = live.history[i], .position = p, .token = live.tokens[i]};
   }
   live.computed = end;
   // A query at `end` - 1 sees the whole context.
   std::vector<int32_t> context;
   for (int64_t p = 0; p < end; ++p) {
     const Slot& slot = SlotOf(live, p);
-    if (slot.handle != step.handle || slot.position != p || slot.token != live.tokens[static_cast<size_t>(p)]) {
+    const auto i = static_cast<size_t>(p);
+    if (slot.history != live.history[i] || slot.position != p || slot.token != live.tokens[i]) {
       Wrong(plan, step.handle,
-            fmt::format("the slot of position {} holds request {}, position {}, token {}", p, slot.handle,
-                        slot.position, slot.token));
+            fmt::format("the slot of position {} (block {}) holds position {}, token {} of another history", p,
+                        live.blocks[static_cast<size_t>(p / limits_.virtual_block_tokens)], slot.position, slot.token));
       return row;
     }
     context.push_back(slot.token);
@@ -140,6 +196,8 @@ std::string Dump(const StepPlan& plan) {
     text += fmt::format("  {}: {}+{}{}{} appended {} blocks from {}: {}\n", s.handle, s.computed, s.tokens,
                         s.prefill ? " prefill" : "", s.sample ? " sample" : "", s.appended_token_ids, s.first_block,
                         s.block_ids);
+    for (const BlockCopy& c : s.copies)
+      text += fmt::format("    copy {} -> {}: {}\n", c.source, c.destination, c.tokens);
   }
   return text;
 }

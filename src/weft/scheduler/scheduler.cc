@@ -28,7 +28,7 @@ void Validate(const SchedulerConfig& config) {
 }
 
 Scheduler::Scheduler(const SchedulerConfig& config, const cp::KvLayout& layout, int64_t num_blocks)
-    : config_(config), kv_(layout, num_blocks) {
+    : config_(config), kv_(layout, num_blocks, config.prefix_caching) {
   Validate(config);
 }
 
@@ -60,6 +60,7 @@ Result<RequestHandle> Scheduler::Add(EngineRequest request, Clock::time_point no
   entry->priority = request.priority;
   entry->params = std::move(request.params);
   entry->tokens = std::move(request.prompt_token_ids);
+  entry->cache_salt = std::move(request.cache_salt);
   entry->prompt_tokens = prompt;
   entry->arrived = now;
   waiting_.insert(entry.get());
@@ -73,7 +74,7 @@ bool Scheduler::Finish(RequestHandle handle) {
   if (found == requests_.end()) return false;
   Entry& entry = *found->second;
   // A step that is being executed still writes into these blocks, and is over before their next owner's first step.
-  kv_.Free(entry.table);
+  FreeBlocks(entry);
   (entry.running ? running_ : waiting_).erase(&entry);
   if (entry.told) released_.push_back(handle);
   requests_.erase(found);
@@ -126,26 +127,63 @@ void Scheduler::Admit(int64_t& budget, Clock::time_point now, StepPlan& plan) {
   while (budget > 0 && !waiting_.empty() && num_running() < config_.max_num_seqs) {
     Entry& entry = **waiting_.begin();
     const int64_t tokens = entry.num_tokens();
-    if (!config_.chunked_prefill && tokens > budget) return;
+    PrefixHit hit = Lookup(entry);
+    if (!config_.chunked_prefill && tokens - hit.tokens > budget) return;
     // One that was preempted waits until everybody who runs could have a further block, or it would soon be preempted
     // again, and its whole recomputation be lost each time.
     const auto spare = entry.preemptions > 0 ? num_running() : 0;
-    if (!kv_.CanAllocate(entry.table, tokens, spare)) return;
-    WEFT_CHECK(kv_.Allocate(entry.table, tokens));
+    if (!kv_.AllocateWithPrefix(entry.table, hit, tokens, spare)) return;
+    if (hit.copy_source >= 0) {
+      // Until the step has run, nobody may be given the source.
+      pinned_.push_back(hit.copy_source);
+      entry.copies.push_back({hit.copy_source, entry.table.blocks[hit.blocks.size()], hit.copy_tokens});
+    }
 
     waiting_.erase(waiting_.begin());
     running_.insert(&entry);
     entry.running = true;
     entry.prefill_until = tokens;
-    entry.planned = std::min(tokens, budget);
+    entry.computed = hit.tokens;
+    entry.shared_blocks = hit.blocks.size();
+    entry.planned = std::min(tokens - hit.tokens, budget);
     budget -= entry.planned;
-    if (!entry.admitted) entry.admitted = now;
+    if (!entry.admitted) {
+      entry.admitted = now;
+      entry.cached_tokens = hit.tokens;
+      if (LooksUp(entry)) {
+        prefix_queries_ += static_cast<uint64_t>(tokens);
+        prefix_hits_ += static_cast<uint64_t>(hit.tokens);
+      }
+    }
     if (!entry.told) {
       entry.told = true;
       entry.told_tokens = tokens;
       plan.admitted.push_back({entry.handle, entry.tokens, entry.params});
     }
   }
+}
+
+bool Scheduler::LooksUp(const Entry& entry) const {
+  // A prompt's log-probabilities come of computing it.
+  return config_.prefix_caching && (!entry.params.prompt_logprobs || entry.next_logprob >= entry.prompt_tokens);
+}
+
+PrefixHit Scheduler::Lookup(const Entry& entry) const {
+  return LooksUp(entry) ? kv_.FindPrefix(entry.cache_salt, entry.tokens) : PrefixHit{};
+}
+
+void Scheduler::Publish(Entry& entry, bool with_partial) {
+  const std::span<const int32_t> tokens(entry.tokens);
+  kv_.Publish(entry.cache_salt, entry.table, tokens.first(static_cast<size_t>(entry.computed)), with_partial);
+}
+
+void Scheduler::FreeBlocks(Entry& entry) {
+  if (entry.failed) {
+    kv_.Unpublish(entry.table, entry.shared_blocks);
+  } else if (!entry.table.blocks.empty()) {
+    Publish(entry, true);
+  }
+  kv_.Free(entry.table);
 }
 
 bool Scheduler::MakeRoom(Entry& entry) {
@@ -160,7 +198,7 @@ bool Scheduler::MakeRoom(Entry& entry) {
 
 void Scheduler::Preempt(Entry& entry) {
   WEFT_CHECK(entry.planned == 0, "request {} is in the plan", entry.handle);
-  kv_.Free(entry.table);
+  FreeBlocks(entry);
   entry.told_blocks = 0;
   entry.computed = 0;
   entry.prefill_until = 0;
@@ -182,6 +220,7 @@ RequestStep Scheduler::Tell(Entry& entry) {
   step.first_block = static_cast<int32_t>(entry.told_blocks);
   step.block_ids.assign(entry.table.blocks.begin() + static_cast<std::ptrdiff_t>(entry.told_blocks),
                         entry.table.blocks.end());
+  step.copies = std::exchange(entry.copies, {});
   entry.told_tokens = entry.num_tokens();
   entry.told_blocks = entry.table.blocks.size();
   return step;
@@ -190,8 +229,13 @@ RequestStep Scheduler::Tell(Entry& entry) {
 std::vector<RowOutput> Scheduler::Update(const StepPlan& plan, StepOutput output) {
   WEFT_CHECK(executing_ && plan.step + 1 == next_step_, "step {} is not the one planned last", plan.step);
   executing_ = false;
+  for (const int32_t block : pinned_) kv_.Unpin(block);
+  pinned_.clear();
   for (const RequestStep& step : plan.requests) {
-    if (Entry* entry = FindEntry(step.handle)) entry->computed += std::exchange(entry->planned, 0);
+    Entry* entry = FindEntry(step.handle);
+    if (entry == nullptr) continue;
+    entry->computed += std::exchange(entry->planned, 0);
+    Publish(*entry, step.prefill);
   }
 
   std::vector<RowOutput> rows;
@@ -202,7 +246,10 @@ std::vector<RowOutput> Scheduler::Update(const StepPlan& plan, StepOutput output
     TakeIn(*entry, row);
     const bool failed = row.error.has_value();
     if (row.token_id || failed || !row.prompt_logprobs.empty() || !row.logits.empty()) rows.push_back(std::move(row));
-    if (failed) Finish(rows.back().handle);
+    if (!failed) continue;
+    // Its KV may be what is wrong with it.
+    entry->failed = true;
+    Finish(rows.back().handle);
   }
   for (const RequestStep& step : plan.requests) {
     const Entry* entry = FindEntry(step.handle);
@@ -245,16 +292,30 @@ Scheduler::Entry* Scheduler::FindEntry(RequestHandle handle) {
 }
 
 SchedulerStats Scheduler::Stats() const {
+  const cp::KvLayout& layout = kv_.layout();
   SchedulerStats stats{.running = num_running(),
                        .waiting = num_waiting(),
                        .preemptions = preemptions_,
                        .kv_cache_usage = kv_.Usage(),
-                       .kv_tokens_per_shard = std::vector<int64_t>(static_cast<size_t>(kv_.layout().shards))};
+                       .kv_tokens_per_shard = std::vector<int64_t>(static_cast<size_t>(layout.shards)),
+                       .prefix_cache_queries = prefix_queries_,
+                       .prefix_cache_hits = prefix_hits_};
+  const int64_t whole = layout.VirtualBlockTokens();
+  std::vector<bool> counted(static_cast<size_t>(kv_.num_blocks()));
+  int64_t full_blocks = 0;
   for (const Entry* entry : running_) {
-    for (int32_t shard = 0; shard < kv_.layout().shards; ++shard) {
-      stats.kv_tokens_per_shard[static_cast<size_t>(shard)] += kv_.layout().LocalLen(entry->computed, shard);
+    const auto full = static_cast<size_t>(entry->computed / whole);
+    for (size_t i = 0; i < full; ++i) {
+      const auto block = static_cast<size_t>(entry->table.blocks[i]);
+      full_blocks += !counted[block];
+      counted[block] = true;
+    }
+    // The last block is the request's own.
+    for (int32_t shard = 0; shard < layout.shards; ++shard) {
+      stats.kv_tokens_per_shard[static_cast<size_t>(shard)] += layout.LocalLen(entry->computed % whole, shard);
     }
   }
+  for (int64_t& tokens : stats.kv_tokens_per_shard) tokens += full_blocks * layout.block_tokens;
   return stats;
 }
 

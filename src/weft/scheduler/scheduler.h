@@ -9,6 +9,10 @@
 // tokens, so that a prompt once begun can be finished. When a decoding request finds no block, the running request of
 // least priority that arrived last is preempted: it gives its blocks back, keeps its tokens, and computes them again.
 // The best request can thus always have the blocks it needs, so that every request gets done.
+//
+// A request begins behind the tokens that the prefix cache knows (kv/prefix_cache.h): those of other requests, and its
+// own when it was preempted. Its blocks are made known as they are computed: full ones at once, the last one with each
+// chunk of a prompt and when the request ends.
 
 #include <chrono>
 #include <cstdint>
@@ -34,6 +38,7 @@ struct SchedulerConfig {
   int64_t max_num_seqs = 256;             // --max-num-seqs: requests running at once
   // --enable-chunked-prefill. Off: the known tokens of a request are run in one step or not yet.
   bool chunked_prefill = true;
+  bool prefix_caching = true;  // --enable-prefix-caching
 };
 
 // Throws weft::Error naming the flag, the value and the rule.
@@ -41,10 +46,13 @@ void Validate(const SchedulerConfig& config);
 
 struct SchedulerStats {
   int64_t running = 0;
-  int64_t waiting = 0;        // preempted ones included
-  uint64_t preemptions = 0;   // so far
-  double kv_cache_usage = 0;  // share of the blocks in use, 0 .. 1
-  std::vector<int64_t> kv_tokens_per_shard;
+  int64_t waiting = 0;                       // preempted ones included
+  uint64_t preemptions = 0;                  // so far
+  double kv_cache_usage = 0;                 // share of the blocks in use, 0 .. 1
+  std::vector<int64_t> kv_tokens_per_shard;  // of running requests; what they share counts once
+  // So far, in tokens: those looked up in the prefix cache when requests were first admitted, and those found.
+  uint64_t prefix_cache_queries = 0;
+  uint64_t prefix_cache_hits = 0;
 };
 
 class Scheduler {
@@ -58,7 +66,9 @@ class Scheduler {
     SamplingParams params;
     std::vector<int32_t> tokens;  // the prompt's and the sampled ones
     int64_t prompt_tokens = 0;
-    int64_t computed = 0;  // tokens whose KV is in the cache
+    std::string cache_salt;
+    int64_t computed = 0;       // tokens whose KV is in the cache
+    int64_t cached_tokens = 0;  // so many of the prompt were in the prefix cache when it was first admitted
     int32_t preemptions = 0;
     bool running = false;
     Clock::time_point arrived;
@@ -109,9 +119,12 @@ class Scheduler {
     size_t told_blocks = 0;
     // All tokens that were known when it was (last) admitted: until they are computed it is in prefill.
     int64_t prefill_until = 0;
-    int64_t planned = 0;        // tokens in the plan being made or executed
-    bool awaits_token = false;  // the plan being executed samples for it
-    int64_t next_logprob = 0;   // first prompt position whose log-probabilities have not been handed out
+    int64_t planned = 0;            // tokens in the plan being made or executed
+    size_t shared_blocks = 0;       // found in the prefix cache when it was (last) admitted
+    bool failed = false;            // what it computed is not to be used by others
+    bool awaits_token = false;      // the plan being executed samples for it
+    std::vector<BlockCopy> copies;  // to be told with the plan being made
+    int64_t next_logprob = 0;       // first prompt position whose log-probabilities have not been handed out
 
     bool in_prefill() const { return computed < prefill_until; }
   };
@@ -126,6 +139,13 @@ class Scheduler {
   void PlanDecodes(int64_t& budget);
   void PlanPrefills(int64_t& budget);
   void Admit(int64_t& budget, Clock::time_point now, StepPlan& plan);
+  // Whether it may use what the prefix cache knows, and what that is.
+  bool LooksUp(const Entry& entry) const;
+  PrefixHit Lookup(const Entry& entry) const;
+  // Its computed tokens become known to the prefix cache.
+  void Publish(Entry& entry, bool with_partial);
+  // Gives its blocks back, for others to find what is in them.
+  void FreeBlocks(Entry& entry);
   // Frees blocks until `entry` has room for its newest token; false when it had to go itself.
   bool MakeRoom(Entry& entry);
   void Preempt(Entry& entry);
@@ -145,6 +165,9 @@ class Scheduler {
   uint64_t next_step_ = 0;
   bool executing_ = false;  // between Plan and Update
   uint64_t preemptions_ = 0;
+  uint64_t prefix_queries_ = 0;
+  uint64_t prefix_hits_ = 0;
+  std::vector<int32_t> pinned_;  // sources of the copies of the step being executed
 };
 
 }  // namespace weft

@@ -7,6 +7,7 @@
 #include <iostream>
 #include <map>
 #include <random>
+#include <set>
 #include <sstream>
 #include <vector>
 
@@ -27,6 +28,7 @@ struct Scenario {
   int requests = 0;
   double finish_rate = 0;  // of live requests ended from outside, per step
   double error_rate = 0;   // of rows that fail
+  double share_rate = 0;   // of prompts that begin like an earlier request
   uint64_t seed = 0;
 };
 
@@ -34,7 +36,8 @@ std::ostream& operator<<(std::ostream& out, const Scenario& s) {
   return out << "B " << s.layout.block_tokens << " I " << s.layout.interleave << " W " << s.layout.shards << " blocks "
              << s.blocks << " model_len " << s.config.max_model_len << " budget " << s.config.max_num_batched_tokens
              << " seqs " << s.config.max_num_seqs << " chunked " << s.config.chunked_prefill << " requests "
-             << s.requests << " finish " << s.finish_rate << " error " << s.error_rate << " seed " << s.seed;
+             << s.requests << " finish " << s.finish_rate << " error " << s.error_rate << " share " << s.share_rate
+             << " caching " << s.config.prefix_caching << " seed " << s.seed;
 }
 
 Scenario AnyScenario() {
@@ -52,6 +55,8 @@ Scenario AnyScenario() {
   s.requests = InRange(1, 25);
   s.finish_rate = *rc::gen::element(0.0, 0.02, 0.2);
   s.error_rate = *rc::gen::element(0.0, 0.01);
+  s.share_rate = *rc::gen::element(0.0, 0.5, 0.95);
+  s.config.prefix_caching = InRange(0, 4) != 0;
   s.seed = *rc::gen::arbitrary<uint64_t>();
   return s;
 }
@@ -67,7 +72,8 @@ class Simulation {
                 .num_blocks = s_.blocks,
                 .max_num_batched_tokens = s_.config.max_num_batched_tokens,
                 .max_num_seqs = s_.config.max_num_seqs,
-                .chunked_prefill = s_.config.chunked_prefill}),
+                .chunked_prefill = s_.config.chunked_prefill,
+                .prefix_caching = s_.config.prefix_caching}),
         random_(s_.seed) {}
 
   // What went wrong first, empty if nothing.
@@ -85,6 +91,8 @@ class Simulation {
 
   uint64_t preemptions() const { return scheduler_.Stats().preemptions; }
   int completed() const { return completed_; }
+  int64_t reused_tokens() const { return ranks_.reused_tokens(); }
+  int64_t copied_tokens() const { return ranks_.copied_tokens(); }
 
  private:
   struct Expected {
@@ -107,6 +115,19 @@ class Simulation {
       request.prompt_token_ids.push_back(static_cast<int32_t>(Any(0, 999)));
     }
     if (Chance(0.5)) request.prompt_token_ids.resize(static_cast<size_t>((request.prompt_token_ids.size() + 7) / 8));
+    if (!seen_.empty() && Chance(s_.share_rate)) {
+      // The beginning of an earlier sequence, prompt and output, as it has become; mostly most of it.
+      const std::vector<int32_t>& earlier = seen_[static_cast<size_t>(Any(0, std::ssize(seen_) - 1))];
+      const int64_t n = std::min(std::ssize(earlier), s_.config.max_model_len);
+      std::vector<int32_t> prompt(earlier.begin(), earlier.begin() + std::max(Any(0, n), Any(0, n)));
+      const auto more = std::min<int64_t>(s_.config.max_model_len - std::ssize(prompt), Any(0, 8));
+      prompt.insert(prompt.end(), request.prompt_token_ids.begin(),
+                    request.prompt_token_ids.begin() + std::min(more, std::ssize(request.prompt_token_ids)));
+      if (!prompt.empty()) request.prompt_token_ids = prompt;
+    }
+    if (seen_.size() > 8) seen_.erase(seen_.begin());
+    seen_.push_back(request.prompt_token_ids);
+    if (Chance(0.1)) request.cache_salt = Chance(0.5) ? "a" : "b";
     request.params.max_tokens = static_cast<int32_t>(Any(1, 30));
     request.params.ignore_eos = Chance(0.5);
     request.params.eos_token_ids = {static_cast<int32_t>(Any(0, 1 << 24))};
@@ -123,6 +144,7 @@ class Simulation {
     if (handle.has_value() != fits) Wrong("Add took what cannot fit, or refused what can");
     if (!handle) return;
     if (*twin != *handle) Wrong("the twin gave another handle");
+    ranks_.SetSalt(*handle, request.cache_salt);
     expected_[*handle] = {request.prompt_token_ids, request.params, {}, {}};
   }
 
@@ -148,7 +170,7 @@ class Simulation {
     CheckFair(plan, decoding);
     StepOutput output = ranks_.Execute(plan);
     if (!ranks_.Problem().empty()) return Wrong(ranks_.Problem());
-    CheckStats();
+    CheckStats(plan);
     for (RowOutput& row : output.rows) {
       if (Chance(s_.error_rate)) row.error = "NaN";
     }
@@ -179,23 +201,43 @@ class Simulation {
     if (best == nullptr || !planned(best->handle)) Wrong("the best request does not run");
   }
 
-  void CheckStats() {
+  void CheckStats(const StepPlan& plan) {
     const SchedulerStats stats = scheduler_.Stats();
     int64_t running = 0;
-    int64_t blocks = 0;
+    std::set<int32_t> blocks;
+    std::set<int64_t> slots;
     std::vector<int64_t> tokens(static_cast<size_t>(s_.layout.shards));
     for (const auto& [handle, _] : expected_) {
       const Scheduler::Request& request = *scheduler_.Find(handle);
       running += request.running;
       if (!request.running && request.computed != 0) Wrong("a waiting request says that it has KV");
-      if (request.running) blocks += static_cast<int64_t>(ranks_.live().at(handle).blocks.size());
-      for (int64_t x = 0; x < request.computed; ++x) ++tokens[static_cast<size_t>(s_.layout.Owner(x))];
+      if (!request.running) continue;
+      const std::vector<int32_t>& table = ranks_.live().at(handle).blocks;
+      blocks.insert(table.begin(), table.end());
+      const int64_t whole = s_.layout.VirtualBlockTokens();
+      for (int64_t x = 0; x < request.computed; ++x) {
+        if (!slots.insert(table[static_cast<size_t>(x / whole)] * whole + x % whole).second) continue;
+        ++tokens[static_cast<size_t>(s_.layout.Owner(x))];
+      }
     }
     if (stats.running != running || stats.waiting != static_cast<int64_t>(expected_.size()) - running) {
       Wrong("wrong counts of requests");
     }
     if (stats.kv_tokens_per_shard != tokens) Wrong("wrong KV tokens per shard");
-    if (std::llround(stats.kv_cache_usage * static_cast<double>(s_.blocks)) != blocks) Wrong("blocks leak");
+    // During the step the sources of its copies are in use, too.
+    for (const RequestStep& step : plan.requests) {
+      for (const BlockCopy& copy : step.copies) blocks.insert(copy.source);
+    }
+    if (std::llround(stats.kv_cache_usage * static_cast<double>(s_.blocks)) != std::ssize(blocks)) Wrong("blocks leak");
+
+    for (const NewRequest& request : plan.admitted) {
+      const auto step = std::ranges::find(plan.requests, request.handle, &RequestStep::handle);
+      if (scheduler_.Find(request.handle)->cached_tokens != step->computed) Wrong("wrong cached_tokens");
+      if (request.params.prompt_logprobs || !s_.config.prefix_caching) continue;
+      queries_ += request.prompt_token_ids.size();
+      hits_ += static_cast<uint64_t>(step->computed);
+    }
+    if (stats.prefix_cache_queries != queries_ || stats.prefix_cache_hits != hits_) Wrong("wrong counts of hits");
   }
 
   void TakeIn(RowOutput& row) {
@@ -226,6 +268,7 @@ class Simulation {
       const std::vector<int32_t> want(e.prompt.begin() + 1, e.prompt.end());
       if (e.params.prompt_logprobs && e.prompt_logprobs != want) Wrong("prompt log-probabilities are lost");
       ++completed_;
+      if (Chance(0.5)) seen_.push_back(tokens);
       Finish(row.handle);
     }
   }
@@ -246,7 +289,10 @@ class Simulation {
   FakeRanks ranks_;
   std::mt19937_64 random_;
   int to_add_ = s_.requests;
+  uint64_t queries_ = 0;
+  uint64_t hits_ = 0;
   std::map<RequestHandle, Expected> expected_;
+  std::vector<std::vector<int32_t>> seen_;  // some sequences of before
   int completed_ = 0;
   std::string problem_;
 };
@@ -254,6 +300,8 @@ class Simulation {
 TEST(SchedulerSimulation, RandomTraffic) {
   uint64_t preemptions = 0;
   int completed = 0;
+  int64_t reused = 0;
+  int64_t copied = 0;
   EXPECT_TRUE(rc::check([&] {
     for (int i = 0; i < 10; ++i) {
       const Scenario scenario = AnyScenario();
@@ -261,6 +309,8 @@ TEST(SchedulerSimulation, RandomTraffic) {
       const std::string problem = simulation.Run();
       preemptions += simulation.preemptions();
       completed += simulation.completed();
+      reused += simulation.reused_tokens();
+      copied += simulation.copied_tokens();
       if (!problem.empty()) {
         std::ostringstream text;
         text << problem << "\n" << scenario;
@@ -270,10 +320,13 @@ TEST(SchedulerSimulation, RandomTraffic) {
   }));
   RecordProperty("completed", completed);
   RecordProperty("preemptions", static_cast<int>(preemptions));
-  std::cout << completed << " completed, " << preemptions << " preemptions\n";
+  std::cout << completed << " completed, " << preemptions << " preemptions, " << reused << " tokens reused, " << copied
+            << " of them copied\n";
   // The traffic was not trivial.
   EXPECT_GT(preemptions, 100u);
   EXPECT_GT(completed, 1000);
+  EXPECT_GT(reused, 10000);
+  EXPECT_GT(copied, 3000);
 }
 
 }  // namespace

@@ -19,15 +19,20 @@ EngineRequest Request(int64_t prompt_tokens, int32_t max_tokens, int32_t priorit
   return request;
 }
 
-// A scheduler with ranks that check it.
+// A scheduler with ranks that check it. Without prefix cache, of which scheduler_prefix_test.cc is the test.
 struct Fixture {
+  static SchedulerConfig Uncached(SchedulerConfig config) {
+    config.prefix_caching = false;
+    return config;
+  }
   Fixture(const SchedulerConfig& config, int64_t blocks, const cp::KvLayout& layout = {.block_tokens = 4})
-      : scheduler(config, layout, blocks),
+      : scheduler(Uncached(config), layout, blocks),
         ranks({.virtual_block_tokens = layout.VirtualBlockTokens(),
                .num_blocks = blocks,
                .max_num_batched_tokens = config.max_num_batched_tokens,
                .max_num_seqs = config.max_num_seqs,
-               .chunked_prefill = config.chunked_prefill}) {}
+               .chunked_prefill = config.chunked_prefill,
+               .prefix_caching = false}) {}
 
   RequestHandle Add(EngineRequest request) { return scheduler.Add(std::move(request)).value(); }
   // Plans, runs, and ends what has reached max_tokens; returns the plan.

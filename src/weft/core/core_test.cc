@@ -69,6 +69,15 @@ TEST(ThreadPool, EveryIndexOnceOnEverySize) {
   }
 }
 
+TEST(ThreadPool, LeavesTheCallersCpusAsTheyWere) {
+  const std::vector<int> before = AllowedCpus();
+  {
+    ThreadPool pool(2, before);
+    EXPECT_EQ(AllowedCpus(), std::vector<int>{before[0]});
+  }
+  EXPECT_EQ(AllowedCpus(), before);
+}
+
 TEST(Error, CarriesKindAndParameter) {
   try {
     throw Error("block size 3: must be a multiple of 2", ErrorKind::kInvalidArgument, "block_size");

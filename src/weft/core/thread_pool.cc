@@ -36,12 +36,14 @@ void SpinThenYield(FunctionRef<bool()> done) {
   while (!done()) sched_yield();
 }
 
-void PinThisThread(int cpu) {
+void AllowThisThread(const std::vector<int>& cpus) {
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
+  for (const int cpu : cpus) CPU_SET(cpu, &set);
   (void)sched_setaffinity(0, sizeof(set), &set);
 }
+
+void PinThisThread(int cpu) { AllowThisThread({cpu}); }
 
 std::vector<int> AllowedCpus() {
   cpu_set_t set;
@@ -57,7 +59,10 @@ std::vector<int> AllowedCpus() {
 ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) : shared_(std::make_unique<Shared>()) {
   WEFT_CHECK(threads >= 1, "threads = {}", threads);
   auto cpu_of = [&](int thread) { return cpus.empty() ? -1 : cpus[static_cast<size_t>(thread) % cpus.size()]; };
-  if (!cpus.empty()) PinThisThread(cpu_of(0));
+  if (!cpus.empty()) {
+    caller_cpus_ = AllowedCpus();
+    PinThisThread(cpu_of(0));
+  }
   workers_.reserve(static_cast<size_t>(threads - 1));
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, cpu = cpu_of(i)] { Work(i, cpu); });
 }
@@ -67,6 +72,7 @@ ThreadPool::~ThreadPool() {
   shared_->generation.fetch_add(1, std::memory_order_release);
   shared_->generation.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  if (!caller_cpus_.empty()) AllowThisThread(caller_cpus_);
 }
 
 void ThreadPool::Work(int thread, int cpu) {

@@ -42,6 +42,7 @@ class ThreadPool {
   };
   std::unique_ptr<Shared> shared_;
   std::vector<std::thread> workers_;
+  std::vector<int> caller_cpus_;  // what the caller was allowed before it was pinned
 };
 
 // Waits until `done()` is true: spins a little, then yields, so that it also works with more threads than cores.
@@ -49,6 +50,9 @@ void SpinThenYield(FunctionRef<bool()> done);
 
 // Pins the calling thread; does nothing where the CPU does not exist for this process.
 void PinThisThread(int cpu);
+
+// Lets the calling thread run on these CPUs and no others.
+void AllowThisThread(const std::vector<int>& cpus);
 
 // The CPUs that this process may run on, ascending.
 std::vector<int> AllowedCpus();

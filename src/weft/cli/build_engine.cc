@@ -165,6 +165,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   engine.scheduler.max_model_len = size.max_model_len;
   engine.scheduler.max_num_seqs = args.max_num_seqs;
   engine.scheduler.chunked_prefill = args.chunked_prefill;
+  engine.scheduler.prefix_caching = args.prefix_caching;
   engine.scheduler.max_num_batched_tokens = args.max_num_batched_tokens.value_or(
       std::max({int64_t{2048}, args.max_num_seqs, args.chunked_prefill ? int64_t{0} : size.max_model_len}));
   Validate(engine.scheduler);  // before the weights are loaded

@@ -54,7 +54,7 @@ TEST(Cli, TakesCommandLinesWrittenForVllm) {
                         "bfloat16",
                         "--enforce-eager",
                         "--trust-remote-code",
-                        "--no-enable-prefix-caching",
+                        "--enable-prefix-caching",
                         "--enable-chunked-prefill",
                         "--gpu-memory-utilization",
                         "0.85",
@@ -70,7 +70,6 @@ TEST(Cli, TakesCommandLinesWrittenForVllm) {
 
 TEST(Cli, WhatDoesNotExistIsRefusedAndNeverIgnored) {
   const std::vector<std::vector<std::string>> refused = {
-      {"--enable-prefix-caching"},
       {"--speculative-config", R"({"method": "ngram"})"},
       {"--speculative-config.method", "ngram"},
       {"--kv-transfer-config", R"({"kv_role": "kv_both"})"},

@@ -126,8 +126,8 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
       .Add("num-gpu-blocks-override", &a.num_blocks_override,
            "Virtual blocks of the KV cache (--block-size x shards tokens each); goes before the two above.")
       .Range(1, INT32_MAX);
-  options.Add("enable-prefix-caching", &f.prefix_caching, "Keep the KV of common prefixes. Off, unlike vLLM's default.")
-      .Refused("prefix caching is not available");
+  options.Add("enable-prefix-caching", &a.prefix_caching,
+              "Keep the KV of what was computed, for requests that begin alike (`cache_salt` separates them).");
   options.Add("swap-space", &f.swap_space, "GiB of host memory to swap KV to.")
       .Range(0)
       .Unused("a request that lacks room is computed again");

@@ -41,6 +41,7 @@ struct EngineArgs {
   int64_t max_num_seqs = 256;
   std::optional<int64_t> max_num_batched_tokens;
   bool chunked_prefill = true;
+  bool prefix_caching = true;
   std::string scheduling_policy = "fcfs";
 
   std::string log_level = "info";
@@ -49,7 +50,6 @@ struct EngineArgs {
   struct Foreign {
     bool trust_remote_code = false;
     bool enforce_eager = false;
-    bool prefix_caching = false;
     bool expert_parallel = false;
     bool headless = false;
     bool async_scheduling = false;

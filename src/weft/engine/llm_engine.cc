@@ -161,6 +161,7 @@ void LLMEngine::Process(const StepPlan& plan, StepOutput output, std::vector<Del
       if (found == live_.end()) continue;
       if (const Scheduler::Request* request = scheduler_.Find(row.handle)) {
         found->second->times.scheduled = request->admitted;
+        found->second->processor.set_cached_tokens(request->cached_tokens);
       }
       rows.push_back({found->second, std::move(row)});
     }
@@ -252,6 +253,8 @@ EngineStats LLMEngine::Stats() const {
   stats.num_requests_waiting = now.waiting;
   stats.kv_cache_usage = now.kv_cache_usage;
   stats.num_preemptions = now.preemptions;
+  stats.prefix_cache_queries = now.prefix_cache_queries;
+  stats.prefix_cache_hits = now.prefix_cache_hits;
   stats.kv_tokens_per_shard = std::move(now.kv_tokens_per_shard);
   return stats;
 }

@@ -464,6 +464,25 @@ TEST(LLMEngine, Statistics) {
               0.1 + 0.5 * stats.e2e_request_latency_seconds.sum);
 }
 
+TEST(LLMEngine, TokensFoundInThePrefixCacheAreReported) {
+  Rig rig;
+  Received first, again, salted;
+  ASSERT_TRUE(rig.engine->Add(Request("a", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 2), first.Sink()));
+  first.WaitForEnd();
+  EXPECT_EQ(first.outputs.back().cached_tokens, 0);
+  ASSERT_TRUE(rig.engine->Add(Request("b", {1, 2, 3, 4, 5, 6, 7, 8, 9, 11}, 2), again.Sink()));
+  again.WaitForEnd();
+  EXPECT_EQ(again.outputs.back().cached_tokens, 9);
+  EXPECT_EQ(again.outputs.back().prompt_tokens, 10);
+  EngineRequest other = Request("c", {1, 2, 3, 4, 5, 6, 7, 8, 9, 11}, 2);
+  other.cache_salt = "c";
+  ASSERT_TRUE(rig.engine->Add(other, salted.Sink()));
+  salted.WaitForEnd();
+  EXPECT_EQ(salted.outputs.back().cached_tokens, 0);
+  EXPECT_EQ(rig.engine->Stats().prefix_cache_queries, 30u);
+  EXPECT_EQ(rig.engine->Stats().prefix_cache_hits, 9u);
+}
+
 TEST(LLMEngine, ManyThreadsAddAndAbort) {
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE(seed);

@@ -125,6 +125,12 @@ class PrefixCacheOnRanks : public ::testing::Test {
     std::vector<Tokens> seen = {Random(150), Random(40)};
     for (int round = 0; round < 4; ++round) {
       std::vector<Job>& jobs = rounds.emplace_back();
+      if (round == 0) jobs.push_back({seen[0], 3, ""});
+      if (round == 1) {
+        Tokens prompt(seen[0].begin(), seen[0].begin() + 141);
+        prompt.push_back((seen[0][141] + 1) % 131);
+        jobs.push_back({prompt, 3, ""});
+      }
       for (int i = 0; i < 4; ++i) {
         Tokens prompt = seen[static_cast<size_t>(Any(0, std::ssize(seen) - 1))];
         prompt.resize(static_cast<size_t>(Any(std::ssize(prompt) / 3, std::ssize(prompt))));
@@ -160,8 +166,11 @@ class PrefixCacheOnRanks : public ::testing::Test {
         ASSERT_EQ(std::ssize(got[i].logits), std::ssize(got[i].tokens) - 1 - got[i].cached);
       }
     }
-    EXPECT_GT(machine.Stats().prefix_cache_hits, tight ? 50u : 200u);
-    EXPECT_GT(machine.copied, 20);
+    // The first request of the second round at least; where blocks are evicted it may have come too late.
+    if (!tight) {
+      EXPECT_GE(machine.Stats().prefix_cache_hits, 141u);
+      EXPECT_GE(machine.copied, 141 % whole);
+    }
     hits_ += machine.Stats().prefix_cache_hits;
   }
 
@@ -190,10 +199,11 @@ TEST_F(PrefixCacheOnRanks, LogitsAreThoseWithoutCacheOnOneRank) {
   for (const auto& layout : {Layout(1, 1, 1, 1), Layout(2, 1, 1, 1), Layout(1, 2, 1, 1), Layout(1, 2, 1, 8),
                              Layout(1, 3, 1, 2), Layout(4, 1, 2, 4), Layout(4, 2, 2, 1), Layout(4, 2, 2, 8),
                              Layout(8, 1, 4, 2), Replicated(Layout(1, 2, 1, 1)), Replicated(Layout(4, 2, 2, 4))}) {
-    for (const auto exchange : {ContextExchange::kGatherQ, ContextExchange::kGatherKv}) {
-      Check(layout, rounds, expected, exchange, Any(0, 1) == 1);
-      if (HasFatalFailure()) return;
-    }
+    const bool tight_q = Any(0, 1) == 1;
+    Check(layout, rounds, expected, ContextExchange::kGatherQ, tight_q);
+    if (HasFatalFailure()) return;
+    Check(layout, rounds, expected, ContextExchange::kGatherKv, !tight_q);
+    if (HasFatalFailure()) return;
   }
   std::printf("%llu tokens found\n", static_cast<unsigned long long>(hits_));
 }

@@ -31,21 +31,33 @@ struct ForwardBatch {
   std::vector<int32_t> positions;  // [rows]
 
   std::vector<QuerySegment> gather_kv;  // of this rank
-  // The gather-Q segments of all PCP ranks among the KV shards, rank by rank; row0 counts within the gathered rows.
+  // The gather-Q segments of all PCP ranks among the exchanging ones, rank by rank; row0 counts within the gathered
+  // rows.
   std::vector<QuerySegment> gather_q;
-  std::vector<int64_t> gather_q_rows;  // [PCP ranks among the shards] gather-Q rows of each
+  std::vector<int64_t> gather_q_rows;  // [PCP ranks that exchange] gather-Q rows of each
+  int64_t gathered_rows = 0;           // their sum
 
   // Some rank of the step has such rows: then all take part in their exchange.
   bool any_gather_kv = false;
   bool any_gather_q = false;
 
-  // Slots on this rank's KV shard (-1: another shard owns the row) of the rows of each PCP rank, in the order of its
-  // batch: [pcp][rows].
-  std::vector<std::vector<int64_t>> slots;
+  // PCP rank 0 works alone, for all: on the KV caches of every PCP rank, and with everybody's threads (Transformer says
+  // when that is possible). The exchange of gather-Q rows is with the DCP group only.
+  bool solo = false;
+  // The KV shards whose keys this rank answers for in gather-Q: its own; working alone, those of all PCP ranks.
+  std::vector<int32_t> local_shards;
+
+  // Keys and values to be stored: the rows that PCP rank `source` computed, into the KV cache of PCP rank `target`.
+  struct Store {
+    int32_t source = 0;
+    int32_t target = 0;
+    std::vector<int64_t> slots;  // [rows of source's batch] -1: not in this cache
+  };
+  std::vector<Store> stores;
 
   // Keys visible to a row on a KV shard, cp::KvLayout::LocalLen(position + 1, shard):
   std::vector<int32_t> gather_kv_visible;  // [shards, gather_kv_rows] of this rank's rows
-  std::vector<int32_t> gather_q_visible;   // [gathered rows] on this rank's shard
+  std::vector<int32_t> gather_q_visible;   // [local shards, gathered rows]
 };
 
 }  // namespace weft

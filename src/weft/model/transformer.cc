@@ -50,7 +50,6 @@ Transformer::Transformer(Options options)
       c_(*o_.config),
       w_(*o_.weights),
       k_(*o_.kernels),
-      pool_(*o_.pool),
       heads_(w_.heads),
       kv_heads_(w_.kv_heads),
       q_dim_(w_.heads * c_.head_dim),
@@ -58,19 +57,24 @@ Transformer::Transformer(Options options)
       qkv_dim_(q_dim_ + 2 * kv_dim_),
       shards_(o_.parallel.KvShards()),
       dcp_(o_.parallel.decode_context_parallel) {
-  shard_caches_.assign(static_cast<size_t>(shards_), o_.cache);
-  if (!context_parallel()) return;
   WEFT_CHECK(o_.groups.cp->size() == shards_ && o_.groups.cp->rank() == o_.coord.kv_shard);
-  WEFT_CHECK(o_.groups.cp->shares_memory());
-  const KvCache* mine = o_.cache;
-  std::vector<std::span<const KvCache* const>> views;
-  o_.groups.cp->AllGather(std::span<const KvCache* const>(&mine, 1), views);
-  for (size_t shard = 0; shard < views.size(); ++shard) shard_caches_[shard] = views[shard][0];
-  o_.groups.cp->Release();  // `mine` is about to go
+  // Every rank's cache is read in place, here and in the steps.
+  auto gather = [&](Communicator& group, std::vector<const KvCache*>& caches) {
+    WEFT_CHECK(group.shares_memory());
+    const KvCache* mine = o_.cache;
+    std::vector<std::span<const KvCache* const>> views;
+    group.AllGather(std::span<const KvCache* const>(&mine, 1), views);
+    for (const auto& view : views) caches.push_back(view[0]);
+    group.Release();  // `mine` is about to go
+  };
+  gather(*o_.groups.cp, shard_caches_);
+  gather(*o_.groups.pcp, pcp_caches_);
 }
 
 void Transformer::Forward(const ForwardBatch& batch) {
   rows_ = batch.rows;
+  solo_ = batch.solo;
+  WEFT_CHECK(!solo_ || (o_.coord.pcp == 0 && o_.joint_pool != nullptr));
   const int64_t hidden = c_.hidden_size;
   ReserveFloats(x_, rows_ * hidden);
   ReserveFloats(normed_, rows_ * hidden);
@@ -86,7 +90,7 @@ void Transformer::Forward(const ForwardBatch& batch) {
   float* normed = normed_.as<float>();
   for (int64_t layer = 0; layer < c_.num_layers; ++layer) {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
-    k_.rms_norm(x, hidden, w.input_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool_);
+    k_.rms_norm(x, hidden, w.input_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool());
     k_.linear({.x = normed,
                .x_stride = hidden,
                .m = rows_,
@@ -94,11 +98,11 @@ void Transformer::Forward(const ForwardBatch& batch) {
                .bias = w.qkv_bias.empty() ? nullptr : w.qkv_bias.data(),
                .y = qkv_.as<float>(),
                .y_stride = qkv_dim_},
-              pool_);
+              pool());
     Attention(batch, layer);
     RowParallel(attn_.as<float>(), q_dim_, w.o, w.o_bias, 0, rows_);
 
-    k_.rms_norm(x, hidden, w.post_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool_);
+    k_.rms_norm(x, hidden, w.post_norm.data(), c_.rms_norm_eps, normed, hidden, rows_, hidden, pool());
     // Ranks of a TP group have the same rows, hence the same tiles and the same number of exchanges.
     for (int64_t row0 = 0; row0 < rows_; row0 += kMlpRows) {
       const int64_t rows = std::min(kMlpRows, rows_ - row0);
@@ -110,8 +114,8 @@ void Transformer::Forward(const ForwardBatch& batch) {
                  .bias = w.gate_up_bias.empty() ? nullptr : w.gate_up_bias.data(),
                  .y = gate_up,
                  .y_stride = 2 * w_.ffn},
-                pool_);
-      k_.swiglu(gate_up, 2 * w_.ffn, gate_up + w_.ffn, 2 * w_.ffn, act_.as<float>(), w_.ffn, rows, w_.ffn, pool_);
+                pool());
+      k_.swiglu(gate_up, 2 * w_.ffn, gate_up + w_.ffn, 2 * w_.ffn, act_.as<float>(), w_.ffn, rows, w_.ffn, pool());
       RowParallel(act_.as<float>(), w_.ffn, w.down, w.down_bias, row0, rows);
     }
   }
@@ -122,7 +126,7 @@ void Transformer::Embed(const ForwardBatch& batch) {
   const bool split = o_.groups.tp->size() > 1;
   if (split) ReserveFloats(partial_[parity_], rows_ * hidden);
   float* out = split ? Partial() : x_.as<float>();
-  pool_.ParallelFor(rows_, 16, [&](int64_t begin, int64_t end, int) {
+  pool().ParallelFor(rows_, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t token = batch.token_ids[static_cast<size_t>(row)];
       if (token >= w_.vocab.begin && token < w_.vocab.end) {
@@ -149,13 +153,13 @@ void Transformer::RowParallel(const float* y, int64_t y_stride, const PackedWeig
                   .y_stride = hidden,
                   .accumulate = true};
   if (o_.groups.tp->size() == 1) {
-    k_.linear(args, pool_);
+    k_.linear(args, pool());
     return;
   }
   ReserveFloats(partial_[parity_], rows * hidden);
   args.y = Partial();
   args.accumulate = false;
-  k_.linear(args, pool_);
+  k_.linear(args, pool());
   AddReduced(row0, rows);
 }
 
@@ -173,16 +177,16 @@ void Transformer::AddReduced(int64_t row0, int64_t rows) {
   for (size_t i = 0; i < parts.size(); ++i) sources[i] = parts[i].data() + mine.begin * hidden;
   Buffer& reduced = reduced_[parity_];
   ReserveFloats(reduced, mine.size() * hidden);
-  k_.sum_parts(sources, mine.size() * hidden, reduced.as<float>(), pool_);
+  k_.sum_parts(sources, mine.size() * hidden, reduced.as<float>(), pool());
   if (direct) {
-    k_.add(x, hidden, reduced.as<float>(), hidden, rows, hidden, pool_);
+    k_.add(x, hidden, reduced.as<float>(), hidden, rows, hidden, pool());
   } else {
     std::vector<std::span<const float>> sums;
     tp.AllGather(std::span<const float>(reduced.as<float>(), static_cast<size_t>(mine.size() * hidden)), sums);
     for (int i = 0; i < tp.size(); ++i) {
       const Range share = SplitRange(rows, tp.size(), i);
       k_.add(x + share.begin * hidden, hidden, sums[static_cast<size_t>(i)].data(), hidden, share.size(), hidden,
-             pool_);
+             pool());
     }
   }
   Toggle();
@@ -211,8 +215,12 @@ void Transformer::PrepareAttention(const ForwardBatch& batch) {
           pages_of(segment, batch.gather_kv_visible.data() + shard * batch.gather_kv_rows + segment.row0));
     }
   }
+  const size_t local = batch.local_shards.size();
   for (const QuerySegment& segment : batch.gather_q) {
-    gather_q_pages_.push_back(pages_of(segment, batch.gather_q_visible.data() + segment.row0));
+    for (size_t i = 0; i < local; ++i) {
+      gather_q_pages_.push_back(pages_of(
+          segment, batch.gather_q_visible.data() + static_cast<int64_t>(i) * batch.gathered_rows + segment.row0));
+    }
   }
 
   const auto shards = static_cast<size_t>(shards_);
@@ -225,13 +233,11 @@ void Transformer::PrepareAttention(const ForwardBatch& batch) {
                                 .rows = segment.rows,
                                 .kv = std::span<const KvPages>(gather_kv_pages_).subspan(i * shards, shards)});
   }
-  gathered_rows_ = 0;
   if (!batch.any_gather_q) return;
-  for (const int64_t rows : batch.gather_q_rows) gathered_rows_ += rows;
   const int64_t group_dim = dcp_ * q_dim_;
   const int64_t group_heads = dcp_ * heads_;
-  ReserveFloats(gathered_q_, gathered_rows_ * group_dim);
-  for (Buffer& part : gather_q_part_) ReserveFloats(part, gathered_rows_ * (group_dim + group_heads));
+  ReserveFloats(gathered_q_, batch.gathered_rows * group_dim);
+  for (Buffer& part : gather_q_part_) ReserveFloats(part, batch.gathered_rows * (group_dim + group_heads));
   for (size_t i = 0; i < batch.gather_q.size(); ++i) {
     const QuerySegment& segment = batch.gather_q[i];
     gather_q_tasks_.push_back({.q = gathered_q_.as<float>() + segment.row0 * group_dim,
@@ -239,7 +245,7 @@ void Transformer::PrepareAttention(const ForwardBatch& batch) {
                                .out_stride = group_dim,
                                .lse_stride = group_heads,
                                .rows = segment.rows,
-                               .kv = std::span<const KvPages>(gather_q_pages_).subspan(i, 1)});
+                               .kv = std::span<const KvPages>(gather_q_pages_).subspan(i * local, local)});
   }
 }
 
@@ -251,7 +257,7 @@ void Transformer::Attention(const ForwardBatch& batch, int64_t layer) {
     for (int64_t head = 0; head < heads_ + kv_heads_; ++head) {
       const float* weight = head < heads_ ? w.q_norm.data() : w.k_norm.data();
       float* values = q + head * c_.head_dim;
-      k_.rms_norm(values, qkv_dim_, weight, c_.rms_norm_eps, values, qkv_dim_, rows_, c_.head_dim, pool_);
+      k_.rms_norm(values, qkv_dim_, weight, c_.rms_norm_eps, values, qkv_dim_, rows_, c_.head_dim, pool());
     }
   }
   // q and k heads lie one behind the other.
@@ -263,7 +269,7 @@ void Transformer::Attention(const ForwardBatch& batch, int64_t layer) {
            .rotary_dim = c_.rotary_dim,
            .positions = batch.positions.data(),
            .cos_sin = o_.rope->data()},
-          pool_);
+          pool());
   StoreKv(batch, layer);
   GatherKvAttention(layer);
   if (batch.any_gather_q) GatherQAttention(batch, layer);
@@ -271,37 +277,35 @@ void Transformer::Attention(const ForwardBatch& batch, int64_t layer) {
 
 void Transformer::StoreKv(const ForwardBatch& batch, int64_t layer) {
   const KvCacheShape& shape = o_.cache->shape();
-  auto store = [&](const float* qkv, const std::vector<int64_t>& slots) {
-    if (slots.empty()) return;
-    k_.kv_write({.k = qkv + q_dim_,
+  Communicator& pcp = *o_.groups.pcp;
+  const float* qkv = qkv_.as<float>();
+  const std::span<const float> own(qkv, static_cast<size_t>(rows_ * qkv_dim_));
+  std::vector<std::span<const float>> sources = {own};
+  if (!solo_ && pcp.size() > 1) pcp.AllGather(own, sources);
+  for (const ForwardBatch::Store& store : batch.stores) {
+    if (store.slots.empty()) continue;
+    const float* from = sources[static_cast<size_t>(store.source)].data();
+    const KvCache& cache = *pcp_caches_[static_cast<size_t>(store.target)];
+    k_.kv_write({.k = from + q_dim_,
                  .k_stride = qkv_dim_,
-                 .v = qkv + q_dim_ + kv_dim_,
+                 .v = from + q_dim_ + kv_dim_,
                  .v_stride = qkv_dim_,
-                 .slots = slots.data(),
-                 .rows = static_cast<int64_t>(slots.size()),
+                 .slots = store.slots.data(),
+                 .rows = static_cast<int64_t>(store.slots.size()),
                  .kv_heads = static_cast<int>(kv_heads_),
                  .k_dim = static_cast<int>(c_.head_dim),
                  .v_dim = static_cast<int>(c_.head_dim),
                  .block_tokens = shape.block_tokens,
-                 .k_cache = o_.cache->k(layer),
-                 .v_cache = o_.cache->v(layer),
+                 .k_cache = cache.k(layer),
+                 .v_cache = cache.v(layer),
                  .dtype = shape.dtype},
-                pool_);
-  };
-  const float* qkv = qkv_.as<float>();
-  Communicator& pcp = *o_.groups.pcp;
-  if (pcp.size() > 1) {
-    std::vector<std::span<const float>> peers;
-    pcp.AllGather(std::span<const float>(qkv, static_cast<size_t>(rows_ * qkv_dim_)), peers);
-    for (size_t peer = 0; peer < peers.size(); ++peer) store(peers[peer].data(), batch.slots[peer]);
-  } else {
-    store(qkv, batch.slots[0]);
+                pool());
   }
   // Rows that gather KV read all shards: their new keys must be there.
-  if (context_parallel() && batch.any_gather_kv) o_.groups.cp->Barrier();
+  if (batch.any_gather_kv && exchange().size() > 1) exchange().Barrier();
   // The next layer overwrites qkv: the PCP peers must have read it. Where they are among the KV shards, the barrier
   // above, or the exchange of the gather-Q rows, has seen to it.
-  if (pcp.size() > 1 && o_.parallel.pcp_kv_layout == cp::PcpKvLayout::kReplicated) pcp.Release();
+  if (!solo_ && pcp.size() > 1 && o_.parallel.pcp_kv_layout == cp::PcpKvLayout::kReplicated) pcp.Release();
 }
 
 AttentionArgs Transformer::AttentionOver(std::span<const AttentionTask> tasks, int64_t q_heads) const {
@@ -320,13 +324,13 @@ void Transformer::GatherKvAttention(int64_t layer) {
     gather_kv_pages_[i].k = cache.k(layer);
     gather_kv_pages_[i].v = cache.v(layer);
   }
-  k_.attention(AttentionOver(gather_kv_tasks_, heads_), pool_);
+  k_.attention(AttentionOver(gather_kv_tasks_, heads_), pool());
 }
 
 // Each rank attends with the gathered queries, all heads of its DCP group, to its own shard; the partial results are
 // exchanged over all shards, and each rank merges those of its own rows and heads.
 void Transformer::GatherQAttention(const ForwardBatch& batch, int64_t layer) {
-  Communicator& cp = *o_.groups.cp;
+  Communicator& cp = exchange();
   const int64_t own_rows = rows_ - batch.gather_kv_rows;
   const float* own_q = qkv_.as<float>() + batch.gather_kv_rows * qkv_dim_;
   const int64_t group_dim = dcp_ * q_dim_;
@@ -353,22 +357,27 @@ void Transformer::GatherQAttention(const ForwardBatch& batch, int64_t layer) {
 
   // [gathered rows, group heads, head_dim], then [gathered rows, group heads].
   float* out = gather_q_part_[gather_q_parity_].as<float>();
-  float* lse = out + gathered_rows_ * group_dim;
+  float* lse = out + batch.gathered_rows * group_dim;
+  const size_t local = batch.local_shards.size();
+  for (size_t i = 0; i < gather_q_pages_.size(); ++i) {
+    const KvCache& cache = *shard_caches_[static_cast<size_t>(batch.local_shards[i % local])];
+    gather_q_pages_[i].k = cache.k(layer);
+    gather_q_pages_[i].v = cache.v(layer);
+  }
   for (size_t i = 0; i < gather_q_tasks_.size(); ++i) {
     const int64_t row = batch.gather_q[i].row0;
-    gather_q_pages_[i].k = o_.cache->k(layer);
-    gather_q_pages_[i].v = o_.cache->v(layer);
     gather_q_tasks_[i].out = out + row * group_dim;
     gather_q_tasks_[i].lse = lse + row * group_heads;
   }
-  k_.attention(AttentionOver(gather_q_tasks_, group_heads), pool_);
+  k_.attention(AttentionOver(gather_q_tasks_, group_heads), pool());
 
   std::vector<std::span<const float>> parts;
-  cp.AllGather(std::span<const float>(out, static_cast<size_t>(gathered_rows_ * (group_dim + group_heads))), parts);
+  cp.AllGather(std::span<const float>(out, static_cast<size_t>(batch.gathered_rows * (group_dim + group_heads))),
+               parts);
   std::vector<const float*> outs, lses;
   for (const auto& part : parts) {
     outs.push_back(part.data() + own_first * group_dim + o_.coord.dcp * q_dim_);
-    lses.push_back(part.data() + gathered_rows_ * group_dim + own_first * group_heads + o_.coord.dcp * heads_);
+    lses.push_back(part.data() + batch.gathered_rows * group_dim + own_first * group_heads + o_.coord.dcp * heads_);
   }
   k_.merge({.out = outs,
             .lse = lses,
@@ -379,7 +388,7 @@ void Transformer::GatherQAttention(const ForwardBatch& batch, int64_t layer) {
             .lse_row_stride = group_heads,
             .merged = attn_.as<float>() + batch.gather_kv_rows * q_dim_,
             .merged_row_stride = q_dim_},
-           pool_);
+           pool());
   gather_q_parity_ ^= 1;
 }
 
@@ -393,18 +402,18 @@ void Transformer::Logits(std::span<const int64_t> rows, float* logits) {
     std::memcpy(in + i * hidden, x_.as<float>() + rows[static_cast<size_t>(i)] * hidden,
                 static_cast<size_t>(hidden) * sizeof(float));
   }
-  k_.rms_norm(in, hidden, w_.final_norm.data(), c_.rms_norm_eps, in, hidden, n, hidden, pool_);
+  k_.rms_norm(in, hidden, w_.final_norm.data(), c_.rms_norm_eps, in, hidden, n, hidden, pool());
   Communicator& tp = *o_.groups.tp;
   LinearArgs args{.x = in, .x_stride = hidden, .m = n, .w = &w_.lm_head, .y = logits, .y_stride = c_.vocab_size};
   if (tp.size() == 1) {
-    k_.linear(args, pool_);
+    k_.linear(args, pool());
     return;
   }
   const int64_t part = w_.vocab.size();
   ReserveFloats(logits_part_, n * part);
   args.y = logits_part_.as<float>();
   args.y_stride = part;
-  k_.linear(args, pool_);
+  k_.linear(args, pool());
   std::vector<std::span<const float>> parts;
   tp.AllGather(std::span<const float>(args.y, static_cast<size_t>(n * part)), parts);
   if (tp.rank() == 0) {

@@ -51,11 +51,13 @@ class Transformer {
     ForwardGroups groups;
     const KernelTable* kernels = nullptr;
     ThreadPool* pool = nullptr;
+    ThreadPool* joint_pool = nullptr;  // on PCP rank 0: as many threads as its PCP group has
   };
   // Collective: every rank of the groups constructs its own at the same time.
   explicit Transformer(Options options);
 
-  // Runs all layers; the residual stream of every row stays until the next call. Collective.
+  // Runs all layers; the residual stream of every row stays until the next call. Collective over all ranks, or, where
+  // batch.solo is set, over those of PCP rank 0, with all threads of their PCP group.
   void Forward(const ForwardBatch& batch);
 
   // Logits [rows.size(), vocab_size] of some rows of the last Forward. Collective over the TP group, with the same rows
@@ -78,13 +80,14 @@ class Transformer {
 
   float* Partial() { return partial_[parity_].as<float>(); }
   void Toggle() { parity_ ^= 1; }
-  bool context_parallel() const { return shards_ > 1; }
+  // The threads and the group of the current step.
+  ThreadPool& pool() const { return solo_ ? *o_.joint_pool : *o_.pool; }
+  Communicator& exchange() const { return solo_ ? *o_.groups.dcp : *o_.groups.cp; }
 
   Options o_;
   const ModelConfig& c_;
   const ModelWeights& w_;
   const KernelTable& k_;
-  ThreadPool& pool_;
   int64_t heads_;     // of this rank
   int64_t kv_heads_;  // of this rank
   int64_t q_dim_;     // heads_ * head_dim
@@ -92,10 +95,12 @@ class Transformer {
   int64_t qkv_dim_;
   int32_t shards_;
   int32_t dcp_;
-  std::vector<const KvCache*> shard_caches_;  // of the CP group, by shard (views of the peers' memory)
+  // Views of the peers' memory: of the CP group by shard, of the PCP group by PCP rank.
+  std::vector<const KvCache*> shard_caches_, pcp_caches_;
 
   // Activations, [rows, ...]; grown on demand.
   int64_t rows_ = 0;
+  bool solo_ = false;
   Buffer x_, normed_, qkv_, attn_, gate_up_, act_;
   // What peers read lies in one of two buffers by turns: when a rank comes to use the first one again, every peer has
   // entered the collective in between and is done with it.
@@ -108,7 +113,6 @@ class Transformer {
   // Of the current step, the same for all layers but for the cache pointers.
   std::vector<KvPages> gather_kv_pages_, gather_q_pages_;
   std::vector<AttentionTask> gather_kv_tasks_, gather_q_tasks_;
-  int64_t gathered_rows_ = 0;
 };
 
 }  // namespace weft

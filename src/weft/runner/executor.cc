@@ -47,6 +47,8 @@ class ThreadExecutor : public StepExecutor {
       : options_(options),
         config_(checkpoint->config()),
         kernels_(KernelsByName(options.kernels)),
+        batch_options_{options.parallel, CostsOf(config_, options.pcp_min_tokens), options.exchange,
+                       options.solo_max_tokens},
         table_(options.seed),
         num_blocks_(options.num_blocks) {
     cp::Validate(options.parallel, {.heads = static_cast<int32_t>(config_.num_heads),
@@ -91,7 +93,9 @@ class ThreadExecutor : public StepExecutor {
     table_.Apply(plan);
     if (plan.requests.empty()) return {};
     std::vector<std::vector<RowOutput>> outputs(ranks_.size());
+    const bool solo = IsSolo(plan, batch_options_);
     threads_->RunOnAll([&](int rank) {
+      if (solo && groups_[static_cast<size_t>(rank)].coord.pcp != 0) return;
       outputs[static_cast<size_t>(rank)] = ranks_[static_cast<size_t>(rank)]->runner->Step(plan, table_);
     });
     return MergeOutputs(plan, std::move(outputs));
@@ -101,6 +105,7 @@ class ThreadExecutor : public StepExecutor {
 
  private:
   struct Rank {
+    std::unique_ptr<ThreadPool> joint_pool;
     std::unique_ptr<ThreadPool> pool;
     std::unique_ptr<KvCache> cache;
     std::unique_ptr<ModelRunner> runner;
@@ -121,15 +126,27 @@ class ThreadExecutor : public StepExecutor {
     progress.Finish();
   }
 
+  // The CPUs of a rank's threads; none where there are not enough to pin.
+  std::vector<int> CpusOf(const std::vector<int>& cpus, int rank) const {
+    if (cpus.empty()) return {};
+    const auto first = cpus.begin() + rank * threads_per_rank_;
+    return {first, first + threads_per_rank_};
+  }
+
   void MakeRank(int index, const std::vector<int>& cpus) {
     auto rank = std::make_unique<Rank>();
     RankGroups& groups = groups_[static_cast<size_t>(index)];
-    std::vector<int> mine;
-    if (!cpus.empty()) {
-      const auto first = cpus.begin() + index * threads_per_rank_;
-      mine.assign(first, first + threads_per_rank_);
+    rank->pool = std::make_unique<ThreadPool>(threads_per_rank_, CpusOf(cpus, index));
+    if (groups.coord.pcp == 0 && groups.pcp->size() > 1) {
+      // On the same CPUs as the pools of the PCP group, which sleep while this one works.
+      std::vector<int> joint;
+      for (int pcp = 0; pcp < groups.pcp->size(); ++pcp) {
+        const std::vector<int> part = CpusOf(cpus, index + pcp * options_.parallel.tensor_parallel);
+        joint.insert(joint.end(), part.begin(), part.end());
+      }
+      const int threads = cpus.empty() ? 1 : static_cast<int>(joint.size());
+      rank->joint_pool = std::make_unique<ThreadPool>(threads, joint);
     }
-    rank->pool = std::make_unique<ThreadPool>(threads_per_rank_, mine);
     rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
     rank->runner = std::make_unique<ModelRunner>(
         Transformer::Options{.config = &config_,
@@ -140,14 +157,16 @@ class ThreadExecutor : public StepExecutor {
                              .coord = groups.coord,
                              .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get()},
                              .kernels = &kernels_,
-                             .pool = rank->pool.get()},
-        BatchOptions{options_.parallel, CostsOf(config_, options_.pcp_min_tokens), options_.exchange});
+                             .pool = rank->pool.get(),
+                             .joint_pool = rank->joint_pool.get()},
+        batch_options_);
     ranks_[static_cast<size_t>(index)] = std::move(rank);
   }
 
   ExecutorOptions options_;
   ModelConfig config_;
   const KernelTable& kernels_;
+  const BatchOptions batch_options_;
   RequestTable table_;
   int64_t num_blocks_;
   int threads_per_rank_ = 1;

@@ -25,7 +25,8 @@ struct ExecutorOptions {
   int64_t kv_cache_bytes = 0;
   int64_t max_model_len = 0;  // positions that rope is prepared for; 0: the model's
   ContextExchange exchange = ContextExchange::kAuto;
-  int64_t pcp_min_tokens = 0;  // prompts of fewer new tokens are not cut over PCP ranks; 0: chosen by weft
+  int64_t pcp_min_tokens = 0;     // prompts of fewer new tokens are not cut over PCP ranks; 0: chosen by weft
+  int64_t solo_max_tokens = 256;  // BatchOptions::solo_max_tokens
   uint64_t seed = 0;
   bool progress = true;  // show how the weights are loaded
 };

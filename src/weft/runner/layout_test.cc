@@ -22,7 +22,8 @@ constexpr int32_t kBlock = 8;
 // What of the executor is chosen besides the layout.
 struct Choices {
   ContextExchange exchange = ContextExchange::kAuto;
-  int64_t pcp_min_tokens = 1;  // every prompt is cut
+  int64_t pcp_min_tokens = 1;   // every prompt is cut
+  int64_t solo_max_tokens = 0;  // PCP rank 0 never works alone
 };
 
 std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::ParallelConfig& parallel, uint64_t seed,
@@ -30,6 +31,7 @@ std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::Pa
   ExecutorOptions options;
   options.exchange = choices.exchange;
   options.pcp_min_tokens = choices.pcp_min_tokens;
+  options.solo_max_tokens = choices.solo_max_tokens;
   options.parallel = parallel;
   options.dtype = DType::kF32;
   options.kv_dtype = DType::kF32;
@@ -149,7 +151,7 @@ TEST_P(Layouts, AllUpToEightRanksOnMixedChunkedTraffic) {
   auto one_of = [&](auto... values) { return std::array{values...}[rng() % sizeof...(values)]; };
   for (const auto& layout : layouts) {
     const Choices choices{one_of(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv),
-                          one_of(int64_t{1}, int64_t{10}, int64_t{100})};
+                          one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200})};
     oracle.Check(layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05}, choices);
     oracle.Check(layout, {});
     if (HasFatalFailure()) return;
@@ -187,6 +189,7 @@ class Cases : public ::testing::Test {
           Layout(2, 3, 1, 2), Replicated(Layout(2, 3, 1)), Replicated(Layout(4, 2, 2, 4))}) {
       for (const auto exchange : {ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv}) {
         oracle_.Check(layout, options, {.exchange = exchange});
+        oracle_.Check(layout, options, {.exchange = exchange, .pcp_min_tokens = 20, .solo_max_tokens = 24});
         if (HasFatalFailure()) return;
       }
     }

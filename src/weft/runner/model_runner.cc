@@ -35,7 +35,7 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTabl
     for (int64_t i = 0; i < n; ++i) tile.push_back(batch.logits[static_cast<size_t>(first + i)].row);
     transformer_.Logits(tile, logits_.as<float>());
     if (!looks) continue;
-    o_.pool->ParallelFor(n, 1, [&](int64_t begin, int64_t end, int) {
+    (batch.forward.solo ? o_.joint_pool : o_.pool)->ParallelFor(n, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const LogitsRow& row = batch.logits[static_cast<size_t>(first + i)];
         RowOutput& out = found[static_cast<size_t>(first + i)];

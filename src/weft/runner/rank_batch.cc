@@ -17,8 +17,9 @@ int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int3
   return int64_t{block_table[vb]} * layout.block_tokens + layout.Offset(x);
 }
 
-bool GathersQ(const BatchOptions& options, const RequestStep& step) {
-  if (options.parallel.KvShards() == 1) return false;
+// `shards`: among how many the ranks that run this step exchange.
+bool GathersQ(const BatchOptions& options, int32_t shards, const RequestStep& step) {
+  if (shards == 1) return false;
   switch (options.exchange) {
     case ContextExchange::kGatherQ:
       return true;
@@ -35,41 +36,60 @@ bool GathersQ(const BatchOptions& options, const RequestStep& step) {
 
 }  // namespace
 
+bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
+  if (options.parallel.prefill_context_parallel == 1) return false;
+  int64_t tokens = 0;
+  for (const RequestStep& step : plan.requests) {
+    if (step.prefill && step.tokens >= options.costs.min_tokens_to_cut) return false;
+    if (!step.copies.empty()) return false;  // every rank copies on its own shard
+    tokens += step.tokens;
+  }
+  return tokens <= options.solo_max_tokens;
+}
+
 RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
                         const cp::RankCoord& coord) {
   const cp::ParallelConfig& parallel = options.parallel;
   const cp::KvLayout layout = LayoutOf(parallel);
+  const int32_t pcp_size = parallel.prefill_context_parallel;
+  const int32_t dcp_size = parallel.decode_context_parallel;
   std::vector<cp::QueryItem> items;
   for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
-  const auto dealt = cp::DealQueries(items, options.costs, parallel.prefill_context_parallel);
 
   RankBatch batch;
   ForwardBatch& f = batch.forward;
-  // The PCP ranks whose shards together hold a request: all of them, or this one alone where KV is replicated.
-  const bool pcp_shards = layout.shards > parallel.decode_context_parallel;
-  int64_t gathered = 0;
-  for (int32_t pcp = 0; pcp < parallel.prefill_context_parallel; ++pcp) {
+  f.solo = IsSolo(plan, options);
+  const int32_t working = f.solo ? 1 : pcp_size;  // PCP ranks that run the step
+  const auto dealt = cp::DealQueries(items, options.costs, working);
+  // Over the PCP ranks, too, or over each one's DCP group alone: replicas, or one rank for all.
+  const bool pcp_shards = layout.shards > dcp_size;
+  const bool pcp_exchanges = pcp_shards && !f.solo;
+  const int32_t exchanging = pcp_exchanges ? layout.shards : dcp_size;
+  f.local_shards = {coord.kv_shard};
+  if (f.solo && pcp_shards) {
+    for (int32_t pcp = 1; pcp < pcp_size; ++pcp) f.local_shards.push_back(pcp * dcp_size + coord.dcp);
+  }
+
+  for (int32_t pcp = 0; pcp < working; ++pcp) {
     const bool own = pcp == coord.pcp;
-    auto& slots = f.slots.emplace_back();
+    std::vector<cp::DealtChunk> order;  // gather-KV rows first
+    std::vector<const RequestState*> states;
+    int64_t gathered = 0;
     for (const bool gather_q : {false, true}) {
-      const int64_t gathered_before = gathered;
-      for (const auto& [item, chunk] : dealt[static_cast<size_t>(pcp)]) {
+      for (const cp::DealtChunk& dealt_chunk : dealt[static_cast<size_t>(pcp)]) {
+        const auto& [item, chunk] = dealt_chunk;
         const RequestStep& step = plan.requests[item];
-        if (GathersQ(options, step) != gather_q) continue;
+        if (GathersQ(options, exchanging, step) != gather_q) continue;
         (gather_q ? f.any_gather_q : f.any_gather_kv) = true;
         const RequestState& state = table.Get(step.handle);
+        order.push_back(dealt_chunk);
+        states.push_back(&state);
         QuerySegment segment{
             .request = item, .rows = chunk.tokens, .first_position = chunk.first, .block_table = state.block_table};
-        for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
-          slots.push_back(SlotOn(layout, coord.kv_shard, state.block_table, x));
-        }
-        if (gather_q && (own || pcp_shards)) {
-          segment.row0 = gathered;
+        if (gather_q && (own || pcp_exchanges)) {
+          segment.row0 = gathered + f.gathered_rows;
           f.gather_q.push_back(segment);
           gathered += chunk.tokens;
-          for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
-            f.gather_q_visible.push_back(static_cast<int32_t>(layout.LocalLen(x + 1, coord.kv_shard)));
-          }
         }
         if (!own) continue;
         if (!gather_q) {
@@ -86,7 +106,21 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
           if (row.sample || row.prompt_logprob || plan.capture_logits) batch.logits.push_back(row);
         }
       }
-      if (gather_q && (own || pcp_shards)) f.gather_q_rows.push_back(gathered - gathered_before);
+    }
+    if (own || pcp_exchanges) f.gather_q_rows.push_back(gathered);
+    f.gathered_rows += gathered;
+
+    // The caches that this rank fills: its own; working alone, those of all PCP ranks.
+    for (int32_t target = 0; target < pcp_size; ++target) {
+      if (!f.solo && target != coord.pcp) continue;
+      const int32_t shard = pcp_shards ? target * dcp_size + coord.dcp : coord.dcp;
+      auto& store = f.stores.emplace_back(ForwardBatch::Store{.source = pcp, .target = target, .slots = {}});
+      for (size_t i = 0; i < order.size(); ++i) {
+        const cp::Chunk& chunk = order[i].chunk;
+        for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
+          store.slots.push_back(SlotOn(layout, shard, states[i]->block_table, x));
+        }
+      }
     }
   }
 
@@ -94,6 +128,13 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
     for (int64_t row = 0; row < f.gather_kv_rows; ++row) {
       f.gather_kv_visible.push_back(
           static_cast<int32_t>(layout.LocalLen(f.positions[static_cast<size_t>(row)] + 1, shard)));
+    }
+  }
+  for (const int32_t shard : f.local_shards) {
+    for (const QuerySegment& segment : f.gather_q) {
+      for (int64_t x = segment.first_position; x < segment.first_position + segment.rows; ++x) {
+        f.gather_q_visible.push_back(static_cast<int32_t>(layout.LocalLen(x + 1, shard)));
+      }
     }
   }
   return batch;

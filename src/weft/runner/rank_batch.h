@@ -25,6 +25,9 @@ struct BatchOptions {
   cp::ParallelConfig parallel;
   cp::QueryCosts costs;
   ContextExchange exchange = ContextExchange::kAuto;
+  // Steps of up to so many tokens in which no prompt is cut are run by PCP rank 0 with the threads of all (0: never).
+  // Where PCP ranks share memory that beats dealing out a few rows: the weights are read once.
+  int64_t solo_max_tokens = 0;
 };
 
 // A row of the batch whose logits somebody wants.
@@ -40,6 +43,9 @@ struct RankBatch {
   ForwardBatch forward;
   std::vector<LogitsRow> logits;  // in order of the rows; the same on all TP ranks of a PCP rank
 };
+
+// Whether PCP rank 0 runs this step alone.
+bool IsSolo(const StepPlan& plan, const BatchOptions& options);
 
 // Pure: every rank derives its own part, and what it must know of its peers', from the plan (after
 // `table.Apply(plan)`). The block tables in the result are views of `table`'s.

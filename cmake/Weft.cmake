@@ -43,4 +43,9 @@ function(weft_test name)
   endif()
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}")
+  if("parallel" IN_LIST A_LABELS)
+    # More rank threads than cores wait for each other with sched_yield: beside another busy process every wait costs a
+    # time slice, and seconds become minutes.
+    set_tests_properties(${name} PROPERTIES PROCESSORS 64)
+  endif()
 endfunction()

@@ -337,6 +337,17 @@ TEST_P(SamplingTest, NothingLeft) {
   EXPECT_EQ(x, std::vector<float>(33, 0.0f));
 }
 
+// A broken model must not look like a sure one: wherever it stands, a NaN is seen.
+TEST_P(SamplingTest, LogSumExpOfNaNIsNotFinite) {
+  for (const int64_t n : {1, 3, 16, 17, 64, 200, 5000}) {
+    for (const int64_t at : {int64_t{0}, n / 2, n - 1}) {
+      std::vector<float> x(static_cast<size_t>(n), 1.5f);
+      x[static_cast<size_t>(at)] = std::nanf("");
+      EXPECT_FALSE(std::isfinite(table().log_sum_exp(x.data(), n))) << n << " " << at;
+    }
+  }
+}
+
 TEST(KernelsByName, NamesAndError) {
   EXPECT_EQ(KernelsByName("ref").name, "ref");
   EXPECT_EQ(KernelsByName("cpu").name, "cpu");

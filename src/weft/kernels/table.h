@@ -154,7 +154,7 @@ struct KernelTable {
 
   // Index of the largest element, the lowest one on a tie.
   int64_t (*argmax)(const float* x, int64_t n);
-  // log(sum(exp(x))), exact for large |x|; -inf entries allowed.
+  // log(sum(exp(x))), exact for large |x|; -inf entries allowed; not finite if any entry is NaN.
   float (*log_sum_exp)(const float* x, int64_t n);
   // x = exp((x - max) ) / sum, in place; returns nothing. -inf entries become 0.
   void (*softmax)(float* x, int64_t n);

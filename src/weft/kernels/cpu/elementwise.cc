@@ -245,7 +245,13 @@ int64_t Argmax(const float* x, int64_t n) {
 // Sums of 64 vectors in float, the sum of those in double: the vocabulary has 150k entries.
 constexpr int64_t kSumBlock = 64 * kLanes;
 
-// sum(exp(x - largest)); where `out` is given it receives the terms.
+// Exp clamps its argument, which would turn a NaN into a number: logits that are not numbers must stay seen.
+template <class D>
+hn::Vec<D> ExpOrNaN(D d, hn::Vec<D> x) {
+  return hn::IfThenElse(hn::IsNaN(x), x, Exp(d, x));
+}
+
+// sum(exp(x - largest)), NaN if any x is; where `out` is given it receives the terms.
 double SumExp(const float* x, int64_t n, float largest, float* out) {
   const DF d;
   const hn::CappedTag<float, 1> d1;
@@ -255,13 +261,13 @@ double SumExp(const float* x, int64_t n, float largest, float* out) {
     VF sum = hn::Zero(d);
     int64_t i = block;
     for (; i + kLanes <= end; i += kLanes) {
-      const VF e = Exp(d, hn::Sub(hn::LoadU(d, x + i), hn::Set(d, largest)));
+      const VF e = ExpOrNaN(d, hn::Sub(hn::LoadU(d, x + i), hn::Set(d, largest)));
       if (out != nullptr) hn::StoreU(e, d, out + i);
       sum = hn::Add(sum, e);
     }
     total += hn::GetLane(hn::SumOfLanes(d, sum));
     for (; i < end; ++i) {
-      const float e = hn::GetLane(Exp(d1, hn::Set(d1, x[i] - largest)));
+      const float e = hn::GetLane(ExpOrNaN(d1, hn::Set(d1, x[i] - largest)));
       if (out != nullptr) out[i] = e;
       total += e;
     }

@@ -76,7 +76,10 @@ class ThreadExecutor : public StepExecutor {
     ranks_.resize(static_cast<size_t>(world));
     threads_ = std::make_unique<RankThreads>(world, [this] { AbortAll(groups_); });
     // On its own thread, so that a rank's memory is touched first, and its pool pinned, where it runs.
-    const bool pin = static_cast<size_t>(world * threads_per_rank_) <= cpus.size();
+    // Pinned where they are as many as the CPUs that this process may use; with fewer, another process's ranks would be
+    // pinned to the same first CPUs.
+    fits_ = static_cast<size_t>(world * threads_per_rank_) <= cpus.size();
+    const bool pin = static_cast<size_t>(world * threads_per_rank_) == cpus.size();
     threads_->RunOnAll([&](int rank) { MakeRank(rank, pin ? cpus : std::vector<int>{}); });
     spdlog::info("{} rank{} x {} thread{}{}, kernels {} ({}), {} virtual blocks of {} tokens", world,
                  world == 1 ? "" : "s", threads_per_rank_, threads_per_rank_ == 1 ? "" : "s", pin ? ", pinned" : "",
@@ -144,7 +147,7 @@ class ThreadExecutor : public StepExecutor {
         const std::vector<int> part = CpusOf(cpus, index + pcp * options_.parallel.tensor_parallel);
         joint.insert(joint.end(), part.begin(), part.end());
       }
-      const int threads = cpus.empty() ? 1 : static_cast<int>(joint.size());
+      const int threads = fits_ ? groups.pcp->size() * threads_per_rank_ : 1;
       rank->joint_pool = std::make_unique<ThreadPool>(threads, joint);
     }
     rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
@@ -170,6 +173,7 @@ class ThreadExecutor : public StepExecutor {
   RequestTable table_;
   int64_t num_blocks_;
   int threads_per_rank_ = 1;
+  bool fits_ = false;  // every rank's threads can have CPUs of their own
   std::vector<std::shared_ptr<const ModelWeights>> weights_;  // by TP index
   std::shared_ptr<const RopeCache> rope_;
   std::vector<RankGroups> groups_;

@@ -14,6 +14,8 @@ add_library(weft_flags INTERFACE)
 target_include_directories(weft_flags INTERFACE ${CMAKE_SOURCE_DIR}/src)
 target_compile_options(weft_flags INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Werror)
 if(WEFT_SANITIZE)
+  # Instrumented code makes g++ 12 see uninitialised values where there are none (in Boost's optionals, say).
+  target_compile_options(weft_flags INTERFACE -Wno-maybe-uninitialized)
   target_compile_options(weft_flags INTERFACE -fsanitize=${WEFT_SANITIZE} -fno-omit-frame-pointer)
   target_link_options(weft_flags INTERFACE -fsanitize=${WEFT_SANITIZE})
   if(WEFT_SANITIZE MATCHES "undefined")

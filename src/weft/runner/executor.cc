@@ -173,7 +173,7 @@ class ThreadExecutor : public StepExecutor {
   RequestTable table_;
   int64_t num_blocks_;
   int threads_per_rank_ = 1;
-  bool fits_ = false;  // every rank's threads can have CPUs of their own
+  bool fits_ = false;                                         // every rank's threads can have CPUs of their own
   std::vector<std::shared_ptr<const ModelWeights>> weights_;  // by TP index
   std::shared_ptr<const RopeCache> rope_;
   std::vector<RankGroups> groups_;

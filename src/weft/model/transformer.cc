@@ -136,7 +136,7 @@ void Transformer::Embed(const ForwardBatch& batch) {
       }
     }
   });
-  if (!split) return;
+  if (!split || rows_ == 0) return;  // TP peers have the same rows: all of them go on, or none
   std::memset(x_.data(), 0, static_cast<size_t>(rows_ * hidden) * sizeof(float));
   AddReduced(0, rows_);
 }

@@ -24,12 +24,6 @@ class StreamTest : public ServerTest {
       return Script{.text = "0123456789", .repeat = true, .seconds_per_token = 0.002};
     };
   }
-  void WaitRunning(int count) const {
-    for (int i = 0; i < 5000 && engine->running() != count; ++i) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    }
-    ASSERT_EQ(engine->running(), count);
-  }
 };
 
 const char* const kEndless = R"({"prompt": "hi", "max_tokens": 4000, "stream": true})";

@@ -1,8 +1,10 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "weft/api/json_fields.h"
 #include "weft/server/fakes.h"
@@ -23,13 +25,20 @@ class ServerTest : public testing::Test {
   }
   ~ServerTest() override {
     server.reset();
-    // Whatever happened, nothing is left running in the engine.
-    EXPECT_EQ(engine->running(), 0);
+    // Whatever happened, nothing is left running in the engine: an abort is told to it and done by its own thread.
+    WaitRunning(0);
   }
 
   void Start() {
     server = std::make_unique<Server>(options, *engine, with_tokenizer ? tokenizer : nullptr);
     server->Start();
+  }
+
+  void WaitRunning(int count) const {
+    for (int i = 0; i < 5000 && engine->running() != count; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    EXPECT_EQ(engine->running(), count);
   }
 
   std::unique_ptr<TestClient> Connect() const { return std::make_unique<TestClient>(server->port()); }

@@ -34,17 +34,6 @@ RopeCache::RopeCache(const RopeConfig& rope, int64_t rotary_dim, int64_t max_pos
   }
 }
 
-int64_t ActivationBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, int64_t rows) {
-  const int64_t tp = parallel.tensor_parallel;
-  const int64_t q_dim = config.num_heads * config.head_dim / tp;
-  const int64_t kv_dim = std::max<int64_t>(1, config.num_kv_heads / tp) * config.head_dim;
-  const int64_t floats_per_row = 2 * config.hidden_size + 2 * q_dim + 2 * kv_dim +
-                                 (tp > 1 ? 4 * config.hidden_size : 0) +
-                                 2 * parallel.decode_context_parallel * (q_dim + config.num_heads);
-  const int64_t mlp = std::min(rows, kMlpRows) * 3 * (config.intermediate_size / tp + 1);
-  return (rows * floats_per_row + mlp) * static_cast<int64_t>(sizeof(float));
-}
-
 Transformer::Transformer(Options options)
     : o_(std::move(options)),
       c_(*o_.config),

@@ -36,9 +36,6 @@ struct ForwardGroups {
   Communicator* cp = nullptr;  // all KV shards of this rank's KV heads
 };
 
-// Memory that a step of this size needs besides weights and KV cache, for sizing the cache: bytes per rank.
-int64_t ActivationBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, int64_t rows);
-
 class Transformer {
  public:
   struct Options {

@@ -53,9 +53,7 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTabl
 // ranks read it, too, but only behind the barrier that follows the storing of the first layer's new keys, which every
 // rank enters when any of them has such rows. Earlier steps are over on all ranks before this one begins.
 void ModelRunner::CopyBlocks(const StepPlan& plan) {
-  const cp::KvLayout layout{.block_tokens = o_.parallel.block_tokens,
-                            .interleave = o_.parallel.kv_interleave,
-                            .shards = o_.parallel.KvShards()};
+  const cp::KvLayout layout = LayoutOf(o_.parallel);
   for (const RequestStep& step : plan.requests) {
     for (const BlockCopy& copy : step.copies) CopyBlock(copy, layout, o_.coord.kv_shard, *o_.cache, *o_.pool);
   }

@@ -5,10 +5,6 @@
 namespace weft {
 namespace {
 
-cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
-  return {.block_tokens = parallel.block_tokens, .interleave = parallel.kv_interleave, .shards = parallel.KvShards()};
-}
-
 // The slot of global position x on `shard`, -1 where another shard owns it.
 int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int32_t>& block_table, int64_t x) {
   if (layout.Owner(x) != shard) return -1;
@@ -35,6 +31,10 @@ bool GathersQ(const BatchOptions& options, int32_t shards, const RequestStep& st
 }
 
 }  // namespace
+
+cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
+  return {.block_tokens = parallel.block_tokens, .interleave = parallel.kv_interleave, .shards = parallel.KvShards()};
+}
 
 bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
   if (options.parallel.prefill_context_parallel == 1) return false;

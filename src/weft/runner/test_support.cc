@@ -110,7 +110,7 @@ std::vector<DrivenResult> Drive(StepExecutor& executor, const cp::ParallelConfig
   static RequestHandle next_handle = 1;
   const RequestHandle base = next_handle;
   next_handle += requests.size();
-  const cp::KvLayout layout{parallel.block_tokens, parallel.kv_interleave, parallel.KvShards()};
+  const cp::KvLayout layout = LayoutOf(parallel);
   auto chance = [&](double p) { return std::uniform_real_distribution<>(0, 1)(rng) < p; };
   auto below = [&](int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(rng); };
 
@@ -222,7 +222,7 @@ std::vector<int32_t> GreedyOutput(StepExecutor& executor, const cp::ParallelConf
   std::vector<int32_t> output;
   static RequestHandle handle = RequestHandle{1} << 40;
   ++handle;
-  const cp::KvLayout layout{parallel.block_tokens, parallel.kv_interleave, parallel.KvShards()};
+  const cp::KvLayout layout = LayoutOf(parallel);
   int64_t blocks = 0;
   for (int64_t i = 0; i < tokens; ++i) {
     StepPlan plan;

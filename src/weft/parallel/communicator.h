@@ -1,6 +1,6 @@
 #pragma once
-// Collectives of a group of ranks. Ranks are threads of one process (InProcessGroup) or, later, MPI processes; the code
-// above cannot tell them apart. Every member calls the same collectives in the same order.
+// Collectives of a group of ranks. Ranks are threads, of one process or of several; the code above cannot tell them
+// apart. Every member calls the same collectives in the same order.
 
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,7 @@ class Communicator {
 
   // Element i of `views` becomes what member i gave as `mine` (sizes may differ; a null pointer with size 0 is fine).
   // A member may read the views until it enters its next collective of this group. The owner of the memory must neither
-  // write to it nor free it until its own next collective of this group (any: Release, Barrier, AllGather) has
+  // write to it nor free it until its own next collective of this group (any: Release, Barrier, AllGather, ...) has
   // returned, for then all readers have entered that one too. Where memory is shared the views are the peers' own
   // memory.
   virtual void AllGather(std::span<const std::byte> mine, std::vector<std::span<const std::byte>>& views) = 0;
@@ -38,9 +38,33 @@ class Communicator {
     for (const auto& b : bytes) views.emplace_back(reinterpret_cast<const T*>(b.data()), b.size() / sizeof(T));
   }
 
-  // Returns when this member may write again to what it gave to the last AllGather: every member has called Release (or
-  // entered another collective) and so is done reading. A Barrier where memory is shared; where AllGather copies it
-  // does not wait. A collective like the others: every member calls it, in the same order.
+  // AllGather in two halves, so that compute runs in between. `sizes[i]` is how many bytes member i gives: known to all
+  // beforehand, the same on all, sizes[rank()] = mine.size(). No other collective of this group may come between the
+  // two; those of other groups may. `mine` is the group's to read from StartAllGather on, and for as long as
+  // AllGather's is; `sizes` is not kept. Neither half waits for a peer that has not started, save FinishAllGather.
+  virtual void StartAllGather(std::span<const std::byte> mine, std::span<const size_t> sizes) = 0;
+  virtual void FinishAllGather(std::vector<std::span<const std::byte>>& views) = 0;
+
+  template <typename T>
+  void FinishAllGather(std::vector<std::span<const T>>& views) {
+    std::vector<std::span<const std::byte>> bytes;
+    FinishAllGather(bytes);
+    views.clear();
+    for (const auto& b : bytes) views.emplace_back(reinterpret_cast<const T*>(b.data()), b.size() / sizeof(T));
+  }
+
+  // Moves what StartAllGather has started, where that needs a hand (a network without one of its own); returns at once.
+  // Worth a call between two pieces of compute of 100 us or more; by the member's own thread.
+  virtual void Progress() {}
+
+  // parts[i] goes to member i (parts.size() = size(); sizes differ freely and may be 0): views[i] becomes what member i
+  // gave as its parts[rank()]. The same rules of lifetime as AllGather's, for the bytes; `parts` itself is not kept.
+  virtual void AllToAll(std::span<const std::span<const std::byte>> parts,
+                        std::vector<std::span<const std::byte>>& views) = 0;
+
+  // Returns when this member may write again to what it gave to the last collective: every member has called Release
+  // (or entered another collective) and so is done reading. A Barrier where memory is shared; where data is copied it
+  // does not wait for the copies' readers. A collective like the others: every member calls it, in the same order.
   virtual void Release() = 0;
 
   // The group can no longer work (a member failed): every member's pending and later collective throws weft::Error

@@ -117,6 +117,115 @@ TEST_P(CommunicatorConformance, MemoryIsTheOwnersAgainAfterTheNextCollective) {
   });
 }
 
+// The two halves, with other work, pokes and differing delays in between; mixed with the other collectives.
+TEST_P(CommunicatorConformance, AllGatherInTwoHalves) {
+  GetParam().run([&](Communicator& comm) {
+    std::mt19937_64 mine(GetParam().seed ^ static_cast<uint64_t>(comm.rank() + 17));
+    std::mt19937_64 shared(GetParam().seed);
+    std::vector<std::span<const std::byte>> views;
+    std::vector<std::byte> kept;
+    for (int round = 0; round < 300; ++round) {
+      std::vector<std::byte> bytes = Payload(round, comm.rank());
+      std::vector<size_t> sizes;
+      for (int i = 0; i < comm.size(); ++i) sizes.push_back(Payload(round, i).size());
+      comm.StartAllGather(bytes, sizes);
+      for (auto n = mine() % 3; n > 0; --n) {
+        comm.Progress();
+        std::this_thread::yield();
+      }
+      comm.FinishAllGather(views);
+      kept = std::move(bytes);
+      ASSERT_EQ(views.size(), static_cast<size_t>(comm.size()));
+      for (int i = 0; i < comm.size(); ++i) {
+        ASSERT_TRUE(Equal(views[static_cast<size_t>(i)], Payload(round, i))) << "round " << round << ", member " << i;
+      }
+      switch (shared() % 4) {
+        case 0:
+          comm.Release();
+          break;
+        case 1:
+          comm.Barrier();
+          break;
+        case 2:
+          comm.AllGather({}, views);
+          break;
+        default:
+          break;
+      }
+    }
+    comm.Release();
+  });
+}
+
+// Every pair's bytes, of any size and none, and none at all in some rounds.
+TEST_P(CommunicatorConformance, AllToAllGivesEachMemberItsPart) {
+  GetParam().run([&](Communicator& comm) {
+    std::mt19937_64 shared(GetParam().seed);
+    const auto payload = [&](int round, int from, int to) { return Payload(round * 64 + to, from * 64 + 7); };
+    std::vector<std::span<const std::byte>> views;
+    std::vector<std::vector<std::byte>> kept;
+    for (int round = 0; round < 200; ++round) {
+      const bool empty = shared() % 8 == 0;
+      std::vector<std::vector<std::byte>> bytes;
+      std::vector<std::span<const std::byte>> parts;
+      for (int to = 0; to < comm.size(); ++to) {
+        bytes.push_back(empty ? std::vector<std::byte>{} : payload(round, comm.rank(), to));
+      }
+      for (const auto& part : bytes) parts.emplace_back(part);
+      comm.AllToAll(parts, views);
+      parts.assign(parts.size(), {});  // not the group's any longer
+      kept = std::move(bytes);
+      ASSERT_EQ(views.size(), static_cast<size_t>(comm.size()));
+      for (int from = 0; from < comm.size(); ++from) {
+        const auto want = empty ? std::vector<std::byte>{} : payload(round, from, comm.rank());
+        ASSERT_TRUE(Equal(views[static_cast<size_t>(from)], want)) << "round " << round << ", member " << from;
+      }
+      if (shared() % 3 == 0) comm.Release();
+    }
+    comm.Release();
+  });
+}
+
+// More than any eager or inline limit of a transport.
+TEST_P(CommunicatorConformance, LargeData) {
+  GetParam().run([&](Communicator& comm) {
+    const auto size_of = [&](int round, int r) { return size_t{100'000} * static_cast<size_t>((r * 7 + round) % 11); };
+    const auto value = [&](int round, int r, size_t i) {
+      return static_cast<std::byte>((i * 31 + i / 4096 + static_cast<size_t>(r * 5 + round)) & 255);
+    };
+    std::vector<std::span<const std::byte>> views;
+    for (int round = 0; round < 6; ++round) {
+      std::vector<std::byte> mine(size_of(round, comm.rank()));
+      for (size_t i = 0; i < mine.size(); ++i) mine[i] = value(round, comm.rank(), i);
+      std::vector<size_t> sizes;
+      for (int r = 0; r < comm.size(); ++r) sizes.push_back(size_of(round, r));
+      switch (round % 3) {
+        case 0:
+          comm.AllGather(mine, views);
+          break;
+        case 1:
+          comm.StartAllGather(mine, sizes);
+          comm.Progress();
+          comm.FinishAllGather(views);
+          break;
+        default: {
+          const std::vector<std::span<const std::byte>> parts(static_cast<size_t>(comm.size()), mine);
+          comm.AllToAll(parts, views);
+          break;
+        }
+      }
+      for (int r = 0; r < comm.size(); ++r) {
+        const auto& view = views[static_cast<size_t>(r)];
+        ASSERT_EQ(view.size(), sizes[static_cast<size_t>(r)]);
+        for (size_t i = 0; i < view.size(); i += 997) ASSERT_EQ(view[i], value(round, r, i)) << "member " << r;
+        if (view.empty()) continue;
+        ASSERT_EQ(view.back(), value(round, r, view.size() - 1));
+      }
+      comm.Release();
+    }
+  });
+}
+
 // Where memory is shared, what members wrote before a barrier is seen by all after it, and nobody passes early.
 TEST_P(CommunicatorConformance, BarrierHoldsEverybody) {
   std::atomic<int> entered{0};
@@ -144,10 +253,17 @@ TEST_P(CommunicatorConformance, AbortFreesWhoeverWaits) {
     EXPECT_THROW(GetParam().run([&](Communicator& comm) {
       ++members;
       std::vector<std::span<const std::byte>> views;
+      const std::vector<std::span<const std::byte>> nothing(static_cast<size_t>(comm.size()));
+      const std::vector<size_t> zeros(static_cast<size_t>(comm.size()));
       const auto collective = [&](int i) {
-        if (i % 3 == 0) comm.Barrier();
-        if (i % 3 == 1) comm.AllGather({}, views);
-        if (i % 3 == 2) comm.Release();
+        // Every one of these waits for all members; Release need not.
+        if (i % 4 == 0) comm.Barrier();
+        if (i % 4 == 1) comm.AllGather({}, views);
+        if (i % 4 == 2) comm.AllToAll(nothing, views);
+        if (i % 4 == 3) {
+          comm.StartAllGather({}, zeros);
+          comm.FinishAllGather(views);
+        }
       };
       try {
         for (int i = 0; i < 1000000; ++i) {
@@ -161,6 +277,8 @@ TEST_P(CommunicatorConformance, AbortFreesWhoeverWaits) {
         EXPECT_THROW(comm.Barrier(), Error);
         EXPECT_THROW(comm.AllGather({}, views), Error);
         EXPECT_THROW(comm.Release(), Error);
+        EXPECT_THROW(comm.AllToAll(nothing, views), Error);
+        EXPECT_THROW(comm.StartAllGather({}, zeros), Error);
         throw;
       }
     }),

@@ -1,6 +1,7 @@
 #include <array>
 #include <atomic>
 #include <limits>
+#include <utility>
 
 #include "weft/core/error.h"
 #include "weft/core/thread_pool.h"
@@ -29,12 +30,15 @@ struct alignas(64) Slot {
 struct Shared {
   explicit Shared(int n) : size(n) {
     for (auto& half : slots) half = std::vector<Slot>(static_cast<size_t>(n));
+    for (auto& half : parts) half.resize(static_cast<size_t>(n));
     spins = static_cast<size_t>(n) > AllowedCpus().size() ? kSpinsOversubscribed : kSpins;
   }
 
   int size;
   int spins;
   std::array<std::vector<Slot>, 2> slots;  // [2][size]
+  // AllToAll's parts, [2][size][size]: the copies that slots[..].data points to, valid and overwritten like the slots.
+  std::array<std::vector<std::vector<std::span<const std::byte>>>, 2> parts;
   alignas(64) std::atomic<bool> aborted{false};
 };
 
@@ -46,33 +50,71 @@ class InProcess final : public Communicator {
   int size() const override { return shared_->size; }
   bool shares_memory() const override { return true; }
 
-  void Barrier() override { Meet({}); }
-  void Release() override { Meet({}); }
+  void Barrier() override {
+    Enter({});
+    AwaitAll();
+  }
+  void Release() override { Barrier(); }
 
   void AllGather(std::span<const std::byte> mine, std::vector<std::span<const std::byte>>& views) override {
-    const std::vector<Slot>& slots = Meet(mine);
+    Enter(mine);
+    ViewAll(views);
+  }
+
+  void StartAllGather(std::span<const std::byte> mine, std::span<const size_t> sizes) override {
+    WEFT_CHECK(sizes.size() == static_cast<size_t>(size()) && sizes[static_cast<size_t>(rank_)] == mine.size());
+    Enter(mine);
+    started_ = true;
+  }
+
+  void FinishAllGather(std::vector<std::span<const std::byte>>& views) override {
+    WEFT_CHECK(std::exchange(started_, false), "FinishAllGather without StartAllGather");
+    ThrowIfAborted();
+    ViewAll(views);
+  }
+
+  void AllToAll(std::span<const std::span<const std::byte>> parts,
+                std::vector<std::span<const std::byte>>& views) override {
+    WEFT_CHECK(parts.size() == static_cast<size_t>(size()));
+    auto& kept = shared_->parts[(epoch_ + 1) % 2][static_cast<size_t>(rank_)];
+    kept.assign(parts.begin(), parts.end());
+    Enter(std::as_bytes(std::span(kept)));
+    const std::vector<Slot>& slots = AwaitAll();
     views.resize(slots.size());
-    for (size_t i = 0; i < slots.size(); ++i) views[i] = {slots[i].data, slots[i].size};
+    for (size_t i = 0; i < slots.size(); ++i) {
+      views[i] = reinterpret_cast<const std::span<const std::byte>*>(slots[i].data)[rank_];
+    }
   }
 
   void Abort() override { shared_->aborted.store(true, std::memory_order_release); }
 
  private:
-  // Publishes `mine`, waits until every member has published in this collective, and returns all members' slots. They
-  // hold until this member enters its next collective.
-  const std::vector<Slot>& Meet(std::span<const std::byte> mine) {
+  // Opens the next collective by publishing `mine`.
+  void Enter(std::span<const std::byte> mine) {
     ThrowIfAborted();
-    const uint64_t epoch = ++epoch_;
-    std::vector<Slot>& slots = shared_->slots[epoch % 2];
-    Slot& own = slots[static_cast<size_t>(rank_)];
+    WEFT_CHECK(!started_, "a collective between StartAllGather and FinishAllGather");
+    ++epoch_;
+    Slot& own = shared_->slots[epoch_ % 2][static_cast<size_t>(rank_)];
     own.data = mine.data();
     own.size = mine.size();
-    own.epoch.store(epoch, std::memory_order_release);
+    own.epoch.store(epoch_, std::memory_order_release);
+  }
+
+  // Waits until every member has published in this collective, and returns all members' slots. They hold until this
+  // member enters its next collective.
+  const std::vector<Slot>& AwaitAll() {
+    const std::vector<Slot>& slots = shared_->slots[epoch_ % 2];
     for (const Slot& slot : slots) {
-      const auto arrived = [&] { return slot.epoch.load(std::memory_order_acquire) == epoch; };
+      const auto arrived = [&] { return slot.epoch.load(std::memory_order_acquire) == epoch_; };
       while (!SpinBriefly(shared_->spins, 1, arrived)) ThrowIfAborted();
     }
     return slots;
+  }
+
+  void ViewAll(std::vector<std::span<const std::byte>>& views) {
+    const std::vector<Slot>& slots = AwaitAll();
+    views.resize(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) views[i] = {slots[i].data, slots[i].size};
   }
 
   void ThrowIfAborted() const {
@@ -85,6 +127,7 @@ class InProcess final : public Communicator {
   std::shared_ptr<Shared> shared_;
   int rank_;
   uint64_t epoch_ = 0;
+  bool started_ = false;  // between StartAllGather and FinishAllGather
 };
 
 }  // namespace

@@ -9,9 +9,11 @@
 namespace weft {
 namespace {
 
-float ReadElement(const Buffer& data, DType dtype, int64_t at) {
-  return dtype == DType::kBF16 ? ToFloat(data.as<bf16>()[at]) : data.as<float>()[at];
+float ReadElement(const void* data, DType dtype, int64_t at) {
+  return dtype == DType::kBF16 ? ToFloat(static_cast<const bf16*>(data)[at]) : static_cast<const float*>(data)[at];
 }
+
+int64_t RowStride(int64_t stride, int64_t dim) { return stride != 0 ? stride : dim; }
 
 // The keys and values of one shard, in the cache's own layout, with a random block table or contiguous.
 struct Shard {
@@ -28,6 +30,7 @@ struct Problem {
   int kv_heads = 0;
   int k_dim = 0;
   int v_dim = 0;
+  bool latent = false;  // the value of a key is the beginning of its row
   float scale = 1;
   int64_t q_stride = 0;
   int64_t out_stride = 0;
@@ -52,6 +55,16 @@ struct Problem {
   }
 };
 
+// Where the row of a key (counted through its shard) begins in the block that holds it.
+int64_t KeyAt(const KvPages& kv, const Problem& p, int64_t block, int64_t head, int64_t key) {
+  const int64_t row = kv.block_tokens > 0 ? key % kv.block_tokens : key;
+  return block * kv.k_block_stride + head * kv.k_head_stride + row * RowStride(kv.k_row_stride, p.k_dim);
+}
+int64_t ValueAt(const KvPages& kv, const Problem& p, int64_t block, int64_t head, int64_t key) {
+  const int64_t row = kv.block_tokens > 0 ? key % kv.block_tokens : key;
+  return block * kv.v_block_stride + head * kv.v_head_stride + row * RowStride(kv.v_row_stride, p.v_dim);
+}
+
 class AttentionTest : public KernelTest {
  protected:
   std::unique_ptr<Shard> MakeShard(const Problem& p, std::vector<int32_t> visible, DType dtype, bool paged,
@@ -61,20 +74,40 @@ class AttentionTest : public KernelTest {
     const int64_t used = paged ? (keys + block_tokens - 1) / block_tokens : 1;
     const int64_t blocks = paged ? used + Int(0, 3) : 1;
     const int64_t rows_of_block = paged ? block_tokens : keys;
-    auto fill = [&](Buffer& buffer, int dim, float scale) {
-      const int64_t count = blocks * p.kv_heads * rows_of_block * dim;
+    KvPages& pages = shard->pages;
+    pages.dtype = dtype;
+    pages.block_tokens = paged ? block_tokens : 0;
+    // What lies between the rows is NaN.
+    auto place = [&](Buffer& buffer, int dim, float scale, int64_t& block_stride, int64_t& head_stride,
+                     int64_t& row_stride) {
+      const Strides strides = MakeStrides(p.kv_heads, rows_of_block, dim);
+      block_stride = strides.block;
+      head_stride = strides.head;
+      row_stride = strides.row == dim && Coin() ? 0 : strides.row;
+      const int64_t count = blocks * strides.block;
       buffer = Buffer(static_cast<size_t>(count) * SizeOf(dtype));
-      const std::vector<float> values = Normal(count, scale);
-      for (int64_t i = 0; i < count; ++i) {
-        if (dtype == DType::kBF16) {
-          buffer.as<bf16>()[i] = ToBf16(values[static_cast<size_t>(i)]);
-        } else {
-          buffer.as<float>()[i] = values[static_cast<size_t>(i)];
-        }
+      for (int64_t i = 0; i < count; ++i) Store(buffer, dtype, i, std::nanf(""));
+      const std::vector<float> values = Normal(blocks * p.kv_heads * rows_of_block * dim, scale);
+      for (size_t i = 0; i < values.size(); ++i) {
+        int64_t rest = static_cast<int64_t>(i);
+        const int64_t d = rest % dim;
+        const int64_t row = (rest /= dim) % rows_of_block;
+        const int64_t head = (rest /= rows_of_block) % p.kv_heads;
+        const int64_t block = rest / p.kv_heads;
+        Store(buffer, dtype, block * strides.block + head * strides.head + row * strides.row + d, values[i]);
       }
     };
-    fill(shard->k, p.k_dim, k_scale);
-    fill(shard->v, p.v_dim, 1.0f);
+    place(shard->k, p.k_dim, k_scale, pages.k_block_stride, pages.k_head_stride, pages.k_row_stride);
+    pages.k = shard->k.data();
+    if (p.latent) {
+      pages.v = pages.k;
+      pages.v_block_stride = pages.k_block_stride;
+      pages.v_head_stride = pages.k_head_stride;
+      pages.v_row_stride = RowStride(pages.k_row_stride, p.k_dim);
+    } else {
+      place(shard->v, p.v_dim, 1.0f, pages.v_block_stride, pages.v_head_stride, pages.v_row_stride);
+      pages.v = shard->v.data();
+    }
     shard->table.resize(static_cast<size_t>(blocks));
     std::iota(shard->table.begin(), shard->table.end(), 0);
     std::shuffle(shard->table.begin(), shard->table.end(), rng);
@@ -82,32 +115,46 @@ class AttentionTest : public KernelTest {
     shard->visible = std::move(visible);
     // What no row sees must not matter, not even a NaN: blocks are reused without being cleared.
     for (int64_t key = keys; paged && key < used * block_tokens; ++key) {
-      for (int h = 0; h < p.kv_heads; ++h) {
-        const int64_t row =
-            (int64_t{shard->table[static_cast<size_t>(key / block_tokens)]} * p.kv_heads + h) * block_tokens +
-            key % block_tokens;
-        for (int d = 0; d < p.k_dim; ++d) Poison(shard->k, dtype, row * p.k_dim + d);
-        for (int d = 0; d < p.v_dim; ++d) Poison(shard->v, dtype, row * p.v_dim + d);
+      const int64_t block = shard->table[static_cast<size_t>(key / block_tokens)];
+      for (int64_t h = 0; h < p.kv_heads; ++h) {
+        for (int64_t d = 0; d < p.k_dim; ++d) Store(shard->k, dtype, KeyAt(pages, p, block, h, key) + d, std::nanf(""));
+        for (int64_t d = 0; d < p.v_dim && !p.latent; ++d) {
+          Store(shard->v, dtype, ValueAt(pages, p, block, h, key) + d, std::nanf(""));
+        }
       }
     }
-    shard->pages = {.k = shard->k.data(),
-                    .v = shard->v.data(),
-                    .dtype = dtype,
-                    .block_table = paged ? shard->table.data() : nullptr,
-                    .block_tokens = paged ? block_tokens : 0,
-                    .k_block_stride = p.kv_heads * rows_of_block * p.k_dim,
-                    .k_head_stride = rows_of_block * p.k_dim,
-                    .v_block_stride = p.kv_heads * rows_of_block * p.v_dim,
-                    .v_head_stride = rows_of_block * p.v_dim,
-                    .visible = shard->visible.data()};
+    if (paged) pages.block_table = shard->table.data();
+    pages.visible = shard->visible.data();
     return shard;
   }
 
-  static void Poison(Buffer& buffer, DType dtype, int64_t at) {
-    if (dtype == DType::kBF16) {
-      buffer.as<bf16>()[at] = ToBf16(std::nanf(""));
+  // Elements between blocks, heads and rows of a cache: the heads of a block one after another, or those of a row (as
+  // in keys and values that were just computed); with gaps or without.
+  struct Strides {
+    int64_t block = 0;
+    int64_t head = 0;
+    int64_t row = 0;
+  };
+  Strides MakeStrides(int64_t heads, int64_t rows, int64_t dim) {
+    const int64_t gap = Coin() ? 0 : OneOf<int64_t>({1, 2, 16, 100});
+    Strides strides;
+    if (Coin()) {
+      strides.row = dim + gap;
+      strides.head = rows * strides.row + gap;
+      strides.block = heads * strides.head;
     } else {
-      buffer.as<float>()[at] = std::nanf("");
+      strides.head = dim + gap;
+      strides.row = heads * strides.head + gap;
+      strides.block = rows * strides.row;
+    }
+    return strides;
+  }
+
+  static void Store(Buffer& buffer, DType dtype, int64_t at, float value) {
+    if (dtype == DType::kBF16) {
+      buffer.as<bf16>()[at] = ToBf16(value);
+    } else {
+      buffer.as<float>()[at] = value;
     }
   }
 
@@ -173,12 +220,12 @@ class AttentionTest : public KernelTest {
       for (int32_t key = 0; key < shard->visible[static_cast<size_t>(row)]; ++key) {
         const bool paged = kv.block_table != nullptr;
         const int64_t block = paged ? kv.block_table[key / kv.block_tokens] : 0;
-        const int64_t in_block = paged ? key % kv.block_tokens : key;
+        const int64_t k_at = KeyAt(kv, p, block, kv_head, key);
+        const int64_t v_at = ValueAt(kv, p, block, kv_head, key);
         double dot = 0;
         double squares = 0;
         for (int d = 0; d < p.k_dim; ++d) {
-          const double k = ReadElement(shard->k, kv.dtype,
-                                       block * kv.k_block_stride + kv_head * kv.k_head_stride + in_block * p.k_dim + d);
+          const double k = ReadElement(kv.k, kv.dtype, k_at + d);
           dot += k * q[d];
           squares += k * k;
         }
@@ -187,8 +234,7 @@ class AttentionTest : public KernelTest {
         largest = std::max(largest, scores.back());
         values.emplace_back();
         for (int d = 0; d < p.v_dim; ++d) {
-          values.back().push_back(ReadElement(
-              shard->v, kv.dtype, block * kv.v_block_stride + kv_head * kv.v_head_stride + in_block * p.v_dim + d));
+          values.back().push_back(ReadElement(kv.v, kv.dtype, v_at + d));
           v_most = std::max(v_most, std::abs(values.back().back()));
         }
       }
@@ -333,7 +379,53 @@ TEST_P(AttentionTest, ManyHeadsOfOneKvHead) {  // multi-query: one row alone fil
   Check(problems);
 }
 
-TEST_P(AttentionTest, HeadsWiderThanATile) {  // as in the latent form of MLA
+// The latent form of MLA: one KV head, the value of a key is the beginning of its row.
+TEST_P(AttentionTest, ValuesInsideKeys) {
+  for (const auto& [k_dim, v_dim] : {std::pair(576, 512), std::pair(24, 16), std::pair(40, 32), std::pair(33, 17)}) {
+    for (const int q_heads : {1, static_cast<int>(Int(2, 15)), 16, static_cast<int>(Int(17, 128))}) {
+      std::vector<Problem> problems;
+      for (int64_t tasks = Int(1, 2); tasks > 0; --tasks) {
+        const int64_t rows = k_dim > 100 ? 1 : Int(1, 3);
+        problems.push_back(MakeProblem(rows, q_heads, 1, k_dim, v_dim));
+        Problem& p = problems.back();
+        p.latent = true;
+        const DType dtype = OneOf({DType::kBF16, DType::kF32});
+        for (int64_t shards = Int(1, 2); shards > 0; --shards) {
+          p.shards.push_back(MakeShard(p, Rising(rows, Int(1, 150)), dtype, Int(0, 3) != 0, OneOf({1, 16, 64}), 1.0f));
+        }
+      }
+      Check(problems);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(AttentionTest, LongLatentDecodeSplitsItsKeys) {
+  for (const int q_heads : {4, 16, 40}) {
+    std::vector<Problem> problems;
+    problems.push_back(MakeProblem(1, q_heads, 1, 72, 64));
+    Problem& p = problems.back();
+    p.latent = true;
+    p.shards.push_back(MakeShard(p, {static_cast<int32_t>(Int(2000, 3000))}, DType::kBF16, true, 16, 1.0f));
+    Check(problems);
+  }
+}
+
+// As in the expanded form of MLA: keys and values of different sizes, computed into one array.
+TEST_P(AttentionTest, ValuesNarrowerThanKeysInContiguousRows) {
+  for (const auto& [k_dim, v_dim] : {std::pair(192, 128), std::pair(24, 16), std::pair(16, 40)}) {
+    for (const int64_t rows : {int64_t{1}, Int(20, 60)}) {
+      std::vector<Problem> problems;
+      problems.push_back(MakeProblem(rows, 4, 4, k_dim, v_dim));
+      Problem& p = problems.back();
+      p.shards.push_back(MakeShard(p, Causal(rows, 130), DType::kF32, false, 0, 1.0f));
+      p.shards.push_back(MakeShard(p, Causal(rows, 70), OneOf({DType::kBF16, DType::kF32}), false, 0, 1.0f));
+      Check(problems);
+    }
+  }
+}
+
+TEST_P(AttentionTest, HeadsWiderThanATile) {
   for (const int64_t rows : {1, 10}) {
     std::vector<Problem> problems;
     problems.push_back(MakeProblem(rows, 4, 1, 576, 512));

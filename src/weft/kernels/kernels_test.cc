@@ -1,5 +1,6 @@
 // Every kernel but attention, on every backend, against sums in double written here.
 
+#include <memory>
 #include <numeric>
 
 #include "weft/core/error.h"
@@ -45,55 +46,99 @@ class LinearTest : public KernelTest {
     return w;
   }
 
-  void Check(int64_t m, int64_t n, int64_t k) {
-    const DType dtype = OneOf({DType::kBF16, DType::kF32});
-    const bool with_bias = Coin();
-    const bool accumulate = Coin();
-    SCOPED_TRACE(fmt::format("m {} n {} k {} {} bias {} accumulate {}", m, n, k, NameOf(dtype), with_bias, accumulate));
-    const Weights w = MakeWeights(n, k, dtype, OneOf({DType::kBF16, DType::kF32}));
-    const int64_t x_stride = k + Int(0, 5);
-    const int64_t y_stride = n + Int(0, 5);
-    std::vector<float> x(static_cast<size_t>(m * x_stride), std::nanf(""));
-    for (int64_t i = 0; i < m; ++i) {
-      const std::vector<float> row = Normal(k);
-      std::copy(row.begin(), row.end(), x.begin() + i * x_stride);
+  // One product: its operands, and what lies in y before.
+  struct Product {
+    std::string what;
+    std::shared_ptr<const Weights> w;
+    std::shared_ptr<const std::vector<float>> x;
+    std::vector<float> bias;
+    std::vector<float> before;
+    std::vector<float> y;
+    LinearArgs args;
+  };
+
+  // `x` of an earlier product with the same k, and its stride, or null: a fresh one.
+  Product MakeProduct(int64_t m, std::shared_ptr<const Weights> w, const Product* share_x = nullptr) {
+    const int64_t n = w->packed.n;
+    const int64_t k = w->packed.k;
+    Product p;
+    p.w = std::move(w);
+    const int64_t x_stride = share_x != nullptr ? share_x->args.x_stride : k + Int(0, 5);
+    if (share_x != nullptr) {
+      p.x = share_x->x;
+    } else {
+      auto x = std::make_shared<std::vector<float>>(static_cast<size_t>(m * x_stride), std::nanf(""));
+      for (int64_t i = 0; i < m; ++i) {
+        const std::vector<float> row = Normal(k);
+        std::copy(row.begin(), row.end(), x->begin() + i * x_stride);
+      }
+      p.x = x;
     }
-    const std::vector<float> bias = Normal(n);
-    const std::vector<float> before = Normal(m * y_stride);
-    std::vector<float> y = before;
-    table().linear({.x = x.data(),
-                    .x_stride = x_stride,
-                    .m = m,
-                    .w = &w.packed,
-                    .bias = with_bias ? bias.data() : nullptr,
-                    .y = y.data(),
-                    .y_stride = y_stride,
-                    .accumulate = accumulate},
-                   pool());
-    for (int64_t i = 0; i < m; ++i) {
-      const double x_norm = Norm(&x[static_cast<size_t>(i * x_stride)], k);
-      for (int64_t j = 0; j < y_stride; ++j) {
-        const size_t at = static_cast<size_t>(i * y_stride + j);
+    const int64_t y_stride = n + Int(0, 5);
+    p.bias = Normal(n);
+    p.before = Normal(m * y_stride);
+    p.y = p.before;
+    p.args = {.x = p.x->data(),
+              .x_stride = x_stride,
+              .m = m,
+              .w = &p.w->packed,
+              .bias = Coin() ? p.bias.data() : nullptr,
+              .y = p.y.data(),
+              .y_stride = y_stride,
+              .accumulate = Coin()};
+    p.what = fmt::format("m {} n {} k {} {} bias {} accumulate {}", m, n, k, NameOf(p.w->packed.dtype),
+                         p.args.bias != nullptr, p.args.accumulate);
+    return p;
+  }
+
+  void CheckProduct(const Product& p) {
+    SCOPED_TRACE(p.what);
+    const int64_t n = p.w->packed.n;
+    const int64_t k = p.w->packed.k;
+    for (int64_t i = 0; i < p.args.m; ++i) {
+      const float* x = &(*p.x)[static_cast<size_t>(i * p.args.x_stride)];
+      const double x_norm = Norm(x, k);
+      for (int64_t j = 0; j < p.args.y_stride; ++j) {
+        const size_t at = static_cast<size_t>(i * p.args.y_stride + j);
         if (j >= n) {
-          ASSERT_EQ(y[at], before[at]) << "wrote behind row " << i;
+          ASSERT_EQ(p.y[at], p.before[at]) << "wrote behind row " << i;
           continue;
         }
+        const float* weights = &p.w->values[static_cast<size_t>(j * k)];
         double want = 0;
-        for (int64_t p = 0; p < k; ++p) {
-          want +=
-              static_cast<double>(x[static_cast<size_t>(i * x_stride + p)]) * w.values[static_cast<size_t>(j * k + p)];
+        for (int64_t e = 0; e < k; ++e) want += static_cast<double>(x[e]) * weights[e];
+        double size = std::sqrt(static_cast<double>(k)) * x_norm * Norm(weights, k);
+        if (p.args.bias != nullptr) {
+          want += p.bias[static_cast<size_t>(j)];
+          size += std::abs(p.bias[static_cast<size_t>(j)]);
         }
-        double size = std::sqrt(static_cast<double>(k)) * x_norm * Norm(&w.values[static_cast<size_t>(j * k)], k);
-        if (with_bias) {
-          want += bias[static_cast<size_t>(j)];
-          size += std::abs(bias[static_cast<size_t>(j)]);
+        if (p.args.accumulate) {
+          want += p.before[at];
+          size += std::abs(p.before[at]);
         }
-        if (accumulate) {
-          want += before[at];
-          size += std::abs(before[at]);
-        }
-        ASSERT_NEAR(y[at], want, kEps * (size + std::abs(want))) << "row " << i << " column " << j;
+        ASSERT_NEAR(p.y[at], want, kEps * (size + std::abs(want))) << "row " << i << " column " << j;
       }
+    }
+  }
+
+  std::shared_ptr<const Weights> RandomWeights(int64_t n, int64_t k) {
+    return std::make_shared<const Weights>(
+        MakeWeights(n, k, OneOf({DType::kBF16, DType::kF32}), OneOf({DType::kBF16, DType::kF32})));
+  }
+
+  void Check(int64_t m, int64_t n, int64_t k) {
+    const Product p = MakeProduct(m, RandomWeights(n, k));
+    table().linear(p.args, pool());
+    CheckProduct(p);
+  }
+
+  void CheckMany(const std::vector<Product>& products) {
+    std::vector<LinearArgs> args;
+    for (const Product& p : products) args.push_back(p.args);
+    table().linear_many(args, pool());
+    for (const Product& p : products) {
+      CheckProduct(p);
+      if (HasFatalFailure()) return;
     }
   }
 };
@@ -134,6 +179,75 @@ TEST_P(LinearTest, NoRows) {
   float y = kUntouched;
   table().linear({.x = &y, .x_stride = 8, .m = 0, .w = &w.packed, .y = &y, .y_stride = 20}, pool());
   EXPECT_EQ(y, kUntouched);
+}
+
+TEST_P(LinearTest, ManyOfAnyShape) {
+  for (int i = 0; i < 15; ++i) {
+    std::vector<Product> products;
+    for (int64_t count = Int(0, 12); count > 0; --count) {
+      const int64_t m = OneOf<int64_t>({0, 0, 1, 2, 3, Int(4, 30), Int(4, 30), Int(30, 80)});
+      products.push_back(MakeProduct(m, RandomWeights(Int(1, 70), Int(1, 90))));
+    }
+    CheckMany(products);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_P(LinearTest, ManyOneLargeAmongSmall) {  // an expert that most rows go to
+  const int64_t k = Int(300, 600);
+  std::vector<Product> products;
+  for (const int64_t m : {int64_t{1}, Int(300, 400), int64_t{0}, int64_t{2}, int64_t{1}, Int(3, 12), Int(13, 60)}) {
+    products.push_back(MakeProduct(m, RandomWeights(Int(40, 90), k)));
+  }
+  std::shuffle(products.begin(), products.end(), rng);
+  CheckMany(products);
+}
+
+TEST_P(LinearTest, ManyOfTheSameX) {  // the heads of MLA
+  for (const int64_t m : {int64_t{1}, int64_t{2}, Int(3, 20), Int(100, 200)}) {
+    const int64_t k = Int(20, 200);
+    std::vector<Product> products;
+    for (int64_t head = 0; head < 7; ++head) {
+      products.push_back(MakeProduct(m, RandomWeights(Int(1, 50), k), head == 0 ? nullptr : products.data()));
+    }
+    CheckMany(products);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// As the heads of MLA lie: those of a row side by side, in x and in y.
+TEST_P(LinearTest, ManyInterleaved) {
+  const int64_t m = OneOf<int64_t>({1, 2, Int(3, 20), 140});
+  const int64_t heads = Int(1, 6);
+  const int64_t n = Int(1, 40);
+  const int64_t k = Int(1, 40);
+  const std::vector<float> x = Normal(m * heads * k);
+  std::vector<float> y(static_cast<size_t>(m * heads * n), std::nanf(""));
+  std::vector<Product> products;
+  std::vector<LinearArgs> args;
+  for (int64_t h = 0; h < heads; ++h) {
+    products.push_back(MakeProduct(m, RandomWeights(n, k)));
+    Product& p = products.back();
+    p.x = std::make_shared<std::vector<float>>(x.begin() + h * k, x.end());
+    p.args = {.x = x.data() + h * k,
+              .x_stride = heads * k,
+              .m = m,
+              .w = p.args.w,
+              .y = y.data() + h * n,
+              .y_stride = heads * n};
+    args.push_back(p.args);
+  }
+  table().linear_many(args, pool());
+  for (int64_t h = 0; h < heads; ++h) {
+    Product& p = products[static_cast<size_t>(h)];
+    p.y.clear();
+    for (int64_t i = 0; i < m; ++i) {
+      const auto from = y.begin() + (i * heads + h) * n;
+      p.y.insert(p.y.end(), from, from + n);
+    }
+    p.args.y_stride = n;
+    CheckProduct(p);
+  }
 }
 
 TEST_P(LinearTest, UnpackRowGivesTheWeightsBack) {

@@ -41,8 +41,11 @@ struct LinearArgs {
 // (block_table given) or contiguous rows (block_table null; block_tokens is then ignored). Key j of the shard lies in
 // block block_table[j / block_tokens], row j % block_tokens.
 struct KvPages {
-  const void* k = nullptr;  // element (block, kv head h, row, d) at block*block_stride + h*head_stride + row*k_dim + d
-  const void* v = nullptr;  // the same with v_block_stride, v_head_stride and v_dim
+  // Element (block, kv head h, row, d) at block * k_block_stride + h * k_head_stride + row * k_row_stride + d.
+  const void* k = nullptr;
+  // The same with the strides of v. May overlap k: in the latent form of MLA the value of a key is the first v_dim
+  // elements of its row (v == k with k's strides); it is then read from memory once.
+  const void* v = nullptr;
   DType dtype = DType::kBF16;
   const int32_t* block_table = nullptr;
   int32_t block_tokens = 0;
@@ -50,6 +53,8 @@ struct KvPages {
   int64_t k_head_stride = 0;
   int64_t v_block_stride = 0;
   int64_t v_head_stride = 0;
+  int64_t k_row_stride = 0;  // between rows of a head; 0: k_dim
+  int64_t v_row_stride = 0;  // 0: v_dim
   // [rows] keys visible to each query row: keys 0 .. visible[row]-1. Never falls from row to row. This is the causal
   // mask: on the one shard of a one-rank run it is position + 1, on W shards cp::LocalLen(position + 1, shard).
   const int32_t* visible = nullptr;
@@ -134,6 +139,9 @@ struct KernelTable {
   void (*unpack_row)(const PackedWeights& w, int64_t row, float* out);
 
   void (*linear)(const LinearArgs& args, ThreadPool& pool);
+  // Many independent products as one parallel job, each with its own x, m (0 too), weights and y: the experts of an MoE
+  // layer, the heads of MLA. No y may overlap another one's or any x; x may be shared.
+  void (*linear_many)(std::span<const LinearArgs> args, ThreadPool& pool);
 
   // y = x / sqrt(mean(x^2) + eps) * weight. In place (y == x) allowed.
   void (*rms_norm)(const float* x, int64_t x_stride, const float* weight, float eps, float* y, int64_t y_stride,

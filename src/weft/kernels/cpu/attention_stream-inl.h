@@ -246,37 +246,38 @@ float SoftmaxColumn(float* HWY_RESTRICT scores, int64_t seen, int64_t keys, floa
 }
 
 template <typename T>
-void RowsOf(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset, int64_t dim, int64_t key0,
-            int64_t keys, const T** rows) {
-  ForKeys(kv, block_stride, head_offset, dim, key0, keys,
-          [&](int64_t i, int64_t index) HWY_ATTR { rows[i] = static_cast<const T*>(cache) + index; });
+void RowsOf(const KvPages& kv, const HeadRows& of, int64_t key0, int64_t keys, const T** rows) {
+  ForKeys(kv, of, key0, keys,
+          [&](int64_t i, int64_t index) HWY_ATTR { rows[i] = static_cast<const T*>(of.data) + index; });
   // Scores are computed four at a time: the last rows of the tile are repeated.
   for (int64_t i = keys; i % 4 != 0; ++i) rows[i] = rows[keys - 1];
 }
 
 template <typename T>
 void StreamShard(const PieceView& view, const KvPages& kv, int64_t lo, int64_t hi, StreamState& state) {
-  const int64_t k_head = view.piece.kv_head * kv.k_head_stride;
-  const int64_t v_head = view.piece.kv_head * kv.v_head_stride;
+  const HeadRows k_of = KeyRows(view, kv);
+  const HeadRows v_of = ValueRows(view, kv);
+  const bool shared = ValuesAreKeys(k_of, v_of);
   const int64_t v_bytes = view.v_dim * static_cast<int64_t>(sizeof(T));
   const int64_t k_bytes = view.k_dim * static_cast<int64_t>(sizeof(T));
   // A multiple of 16: whole vectors of scores.
   const int64_t step = std::clamp<int64_t>(kStreamBytes / std::max(k_bytes, v_bytes) / 16 * 16, 16, kStreamKeys);
   const T* k_rows[2][kStreamKeys];
-  const T* v_rows[kStreamKeys];
+  const T* v_memory[kStreamKeys];
   int now = 0;
-  RowsOf<T>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, lo, std::min(step, hi - lo), k_rows[0]);
+  RowsOf<T>(kv, k_of, lo, std::min(step, hi - lo), k_rows[0]);
   for (int64_t key0 = lo; key0 < hi; key0 += step, now ^= 1) {
     const int64_t keys = std::min(step, hi - key0);
-    RowsOf<T>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_rows);
+    if (!shared) RowsOf<T>(kv, v_of, key0, keys, v_memory);
+    const T* const* v_rows = shared ? k_rows[now] : v_memory;
     // The values are fetched while the scores are computed, the next tile's keys while the values are summed.
     const int64_t next_keys = std::min(step, hi - key0 - keys);
     if (next_keys > 0) {
-      RowsOf<T>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0 + keys, next_keys, k_rows[now ^ 1]);
+      RowsOf<T>(kv, k_of, key0 + keys, next_keys, k_rows[now ^ 1]);
       for (int64_t i = next_keys; i < keys; ++i) k_rows[now ^ 1][i] = k_rows[now ^ 1][next_keys - 1];
     }
     for (int64_t i = 0; i < keys; i += 4) {
-      for (int64_t j = i; j < std::min(i + 4, keys); ++j) PrefetchRow(v_rows[j], v_bytes);
+      for (int64_t j = i; j < std::min(i + 4, keys) && !shared; ++j) PrefetchRow(v_rows[j], v_bytes);
       ForColumnGroups(view.cols, [&](auto heads, int64_t c) HWY_ATTR {
         Dot4<heads>(state.q + c * state.k_stride, state.k_stride, k_rows[now] + i, view.k_dim,
                     state.scores + c * kStreamKeys + i);

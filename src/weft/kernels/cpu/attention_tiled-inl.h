@@ -91,21 +91,44 @@ struct PieceView {
   float* partial_lse;
 };
 
-// Calls fn(i, index) for the keys key0 + i, i < keys, of the KV head that begins at `head_offset` of a block: `index`
-// is the element at which the key's row begins. One division a tile: a 64-bit one takes as long as a row's arithmetic.
+// The keys, or the values, of one KV head on one shard: element d of a row lies at block * block_stride + head_offset +
+// row * row_stride + d of `data`.
+struct HeadRows {
+  const void* data;
+  int64_t block_stride;
+  int64_t head_offset;
+  int64_t row_stride;
+  int64_t dim;
+};
+
+HWY_INLINE HeadRows KeyRows(const PieceView& view, const KvPages& kv) {
+  return {kv.k, kv.k_block_stride, view.piece.kv_head * kv.k_head_stride,
+          kv.k_row_stride != 0 ? kv.k_row_stride : view.k_dim, view.k_dim};
+}
+HWY_INLINE HeadRows ValueRows(const PieceView& view, const KvPages& kv) {
+  return {kv.v, kv.v_block_stride, view.piece.kv_head * kv.v_head_stride,
+          kv.v_row_stride != 0 ? kv.v_row_stride : view.v_dim, view.v_dim};
+}
+// Whether each value is the beginning of its key, so that it need not be read again.
+HWY_INLINE bool ValuesAreKeys(const HeadRows& k, const HeadRows& v) {
+  return v.data == k.data && v.block_stride == k.block_stride && v.head_offset == k.head_offset &&
+         v.row_stride == k.row_stride && v.dim <= k.dim;
+}
+
+// Calls fn(i, index) for the keys key0 + i, i < keys: `index` is the element at which the key's row begins. One
+// division a tile: a 64-bit one takes as long as a row's arithmetic.
 template <class Fn>
-HWY_INLINE void ForKeys(const KvPages& kv, int64_t block_stride, int64_t head_offset, int64_t dim, int64_t key0,
-                        int64_t keys, const Fn& fn) {
+HWY_INLINE void ForKeys(const KvPages& kv, const HeadRows& rows, int64_t key0, int64_t keys, const Fn& fn) {
   if (kv.block_table == nullptr) {
-    for (int64_t i = 0; i < keys; ++i) fn(i, head_offset + (key0 + i) * dim);
+    for (int64_t i = 0; i < keys; ++i) fn(i, rows.head_offset + (key0 + i) * rows.row_stride);
     return;
   }
   const int32_t* block = kv.block_table + key0 / kv.block_tokens;
   int64_t offset = key0 % kv.block_tokens;
   for (int64_t i = 0; i < keys; ++block, offset = 0) {
     const int64_t run = std::min(keys - i, kv.block_tokens - offset);
-    const int64_t index = *block * block_stride + head_offset + offset * dim;
-    for (int64_t r = 0; r < run; ++r) fn(i + r, index + r * dim);
+    const int64_t index = *block * rows.block_stride + rows.head_offset + offset * rows.row_stride;
+    for (int64_t r = 0; r < run; ++r) fn(i + r, index + r * rows.row_stride);
     i += run;
   }
 }
@@ -114,22 +137,20 @@ HWY_INLINE void ForKeys(const KvPages& kv, int64_t block_stride, int64_t head_of
 constexpr int64_t kTileBlock = kKeyTile * kRowStride;
 
 template <typename T>
-void UnpackKeys(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset, int64_t dim,
-                int64_t key0, int64_t keys, float* to) {
-  ForKeys(kv, block_stride, head_offset, dim, key0, keys, [&](int64_t i, int64_t index) HWY_ATTR {
-    const T* from = static_cast<const T*>(cache) + index;
-    for (int64_t d = 0; d < dim; d += kDepth) {
-      ToFloats(from + d, std::min(kDepth, dim - d), to + d / kDepth * kTileBlock + i * kRowStride);
+void UnpackRows(const KvPages& kv, const HeadRows& rows, int64_t key0, int64_t keys, float* to) {
+  ForKeys(kv, rows, key0, keys, [&](int64_t i, int64_t index) HWY_ATTR {
+    const T* from = static_cast<const T*>(rows.data) + index;
+    for (int64_t d = 0; d < rows.dim; d += kDepth) {
+      ToFloats(from + d, std::min(kDepth, rows.dim - d), to + d / kDepth * kTileBlock + i * kRowStride);
     }
   });
 }
 
-HWY_INLINE void PrefetchKeys(const KvPages& kv, const void* cache, int64_t block_stride, int64_t head_offset,
-                             int64_t dim, int64_t key0, int64_t keys) {
+HWY_INLINE void PrefetchRows(const KvPages& kv, const HeadRows& rows, int64_t key0, int64_t keys) {
   const int64_t element = static_cast<int64_t>(SizeOf(kv.dtype));
-  ForKeys(kv, block_stride, head_offset, dim, key0, keys, [&](int64_t, int64_t index) HWY_ATTR {
-    const char* row = static_cast<const char*>(cache) + index * element;
-    for (int64_t b = 0; b < dim * element; b += 64) __builtin_prefetch(row + b, 0, 2);
+  ForKeys(kv, rows, key0, keys, [&](int64_t, int64_t index) HWY_ATTR {
+    const char* row = static_cast<const char*>(rows.data) + index * element;
+    for (int64_t b = 0; b < rows.dim * element; b += 64) __builtin_prefetch(row + b, 0, 2);
   });
 }
 
@@ -327,16 +348,18 @@ void TilePiece(const AttentionArgs& args, const PieceView& view) {
         states[p].vis[c] = kv.visible[view.Row(p * kTileCols + std::min(c, counts[p] - 1))];
       }
     }
-    const int64_t k_head = view.piece.kv_head * kv.k_head_stride;
-    const int64_t v_head = view.piece.kv_head * kv.v_head_stride;
+    const HeadRows k_rows = KeyRows(view, kv);
+    const HeadRows v_rows = ValueRows(view, kv);
+    const bool shared = ValuesAreKeys(k_rows, v_rows);
+    const float* values = shared ? k_tile : v_tile;
     for (int64_t key0 = lo; key0 < hi; key0 += kKeyTile) {
       const int64_t keys = std::min(kKeyTile, hi - key0);
       if (kv.dtype == DType::kBF16) {
-        UnpackKeys<bf16>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0, keys, k_tile);
-        UnpackKeys<bf16>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_tile);
+        UnpackRows<bf16>(kv, k_rows, key0, keys, k_tile);
+        if (!shared) UnpackRows<bf16>(kv, v_rows, key0, keys, v_tile);
       } else {
-        UnpackKeys<float>(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0, keys, k_tile);
-        UnpackKeys<float>(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0, keys, v_tile);
+        UnpackRows<float>(kv, k_rows, key0, keys, k_tile);
+        if (!shared) UnpackRows<float>(kv, v_rows, key0, keys, v_tile);
       }
       const int64_t next_keys = std::min(kKeyTile, hi - key0 - keys);
       for (int64_t p = 0; p < panels; ++p) {
@@ -345,17 +368,17 @@ void TilePiece(const AttentionArgs& args, const PieceView& view) {
         const int64_t fetched = next_keys * p / panels;
         const int64_t to_fetch = next_keys * (p + 1) / panels - fetched;
         if (to_fetch > 0) {
-          PrefetchKeys(kv, kv.k, kv.k_block_stride, k_head, view.k_dim, key0 + keys + fetched, to_fetch);
-          PrefetchKeys(kv, kv.v, kv.v_block_stride, v_head, view.v_dim, key0 + keys + fetched, to_fetch);
+          PrefetchRows(kv, k_rows, key0 + keys + fetched, to_fetch);
+          if (!shared) PrefetchRows(kv, v_rows, key0 + keys + fetched, to_fetch);
         }
         // Visible counts never fall from row to row: the first column sees the least, the last one the most.
         const int64_t seen = std::min<int64_t>(keys, state.vis[widths[p] - 1] - key0);
         if (seen <= 0) continue;
         const int64_t full = std::clamp<int64_t>(state.vis[0] - key0, 0, seen);
         if (widths[p] == kTileCols) {
-          AttendPanel<2>(view, state, k_tile, v_tile, key0, seen, full, s);
+          AttendPanel<2>(view, state, k_tile, values, key0, seen, full, s);
         } else {
-          AttendPanel<1>(view, state, k_tile, v_tile, key0, seen, full, s);
+          AttendPanel<1>(view, state, k_tile, values, key0, seen, full, s);
         }
       }
     }

@@ -17,6 +17,7 @@ const KernelTable& CpuKernels() {
       .pack_weights = cpu::PackWeights,
       .unpack_row = cpu::UnpackRow,
       .linear = cpu::Linear,
+      .linear_many = cpu::LinearMany,
       .rms_norm = cpu::RmsNorm,
       .add = cpu::Add,
       .swiglu = cpu::Swiglu,

@@ -9,6 +9,7 @@
 namespace weft::cpu {
 
 void Linear(const LinearArgs& args, ThreadPool& pool);
+void LinearMany(std::span<const LinearArgs> args, ThreadPool& pool);
 void Attention(const AttentionArgs& args, ThreadPool& pool);
 
 void RmsNorm(const float* x, int64_t x_stride, const float* weight, float eps, float* y, int64_t y_stride, int64_t rows,

@@ -535,6 +535,10 @@ void Linear(const LinearArgs& args, ThreadPool& pool) {
   }
 }
 
+void LinearMany(std::span<const LinearArgs> args, ThreadPool& pool) {
+  for (const LinearArgs& one : args) Linear(one, pool);
+}
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace weft
@@ -544,9 +548,13 @@ HWY_AFTER_NAMESPACE();
 namespace weft {
 namespace {
 HWY_EXPORT(Linear);
-}
+HWY_EXPORT(LinearMany);
+}  // namespace
 
 void cpu::Linear(const LinearArgs& args, ThreadPool& pool) { HWY_DYNAMIC_DISPATCH(weft::Linear)(args, pool); }
+void cpu::LinearMany(std::span<const LinearArgs> args, ThreadPool& pool) {
+  HWY_DYNAMIC_DISPATCH(weft::LinearMany)(args, pool);
+}
 
 }  // namespace weft
 #endif  // HWY_ONCE

@@ -73,6 +73,10 @@ void Linear(const LinearArgs& args, ThreadPool&) {
   }
 }
 
+void LinearMany(std::span<const LinearArgs> args, ThreadPool& pool) {
+  for (const LinearArgs& one : args) Linear(one, pool);
+}
+
 void RmsNorm(const float* x, int64_t x_stride, const float* weight, float eps, float* y, int64_t y_stride, int64_t rows,
              int64_t cols, ThreadPool&) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -151,19 +155,27 @@ void AttendRow(const AttentionArgs& args, const AttentionTask& task, int64_t row
                std::vector<double>& sums) {
   const int64_t kv_head = head / (args.q_heads / args.kv_heads);
   auto element = [&](const void* data, const KvPages& kv, int64_t key, int64_t block_stride, int64_t head_stride,
-                     int64_t dim, int64_t d) {
+                     int64_t row_stride, int64_t d) {
     const int64_t block = kv.block_table != nullptr ? kv.block_table[key / kv.block_tokens] : 0;
     const int64_t offset = kv.block_table != nullptr ? key % kv.block_tokens : key;
-    return LoadElement(data, kv.dtype, block * block_stride + kv_head * head_stride + offset * dim + d);
+    return LoadElement(data, kv.dtype, block * block_stride + kv_head * head_stride + offset * row_stride + d);
   };
   const float* q = task.q + row * task.q_stride + head * args.k_dim;
+  auto k_at = [&](const KvPages& kv, int64_t key, int64_t d) {
+    const int64_t row_stride = kv.k_row_stride != 0 ? kv.k_row_stride : args.k_dim;
+    return element(kv.k, kv, key, kv.k_block_stride, kv.k_head_stride, row_stride, d);
+  };
+  auto v_at = [&](const KvPages& kv, int64_t key, int64_t d) {
+    const int64_t row_stride = kv.v_row_stride != 0 ? kv.v_row_stride : args.v_dim;
+    return element(kv.v, kv, key, kv.v_block_stride, kv.v_head_stride, row_stride, d);
+  };
   scores.clear();
   double largest = -kInf;
   for (const KvPages& kv : task.kv) {
     for (int64_t key = 0; key < kv.visible[row]; ++key) {
       double dot = 0;
       for (int64_t d = 0; d < args.k_dim; ++d) {
-        dot += static_cast<double>(q[d]) * element(kv.k, kv, key, kv.k_block_stride, kv.k_head_stride, args.k_dim, d);
+        dot += static_cast<double>(q[d]) * k_at(kv, key, d);
       }
       scores.push_back(dot * args.scale);
       largest = std::max(largest, scores.back());
@@ -177,7 +189,7 @@ void AttendRow(const AttentionArgs& args, const AttentionTask& task, int64_t row
       const double p = std::exp(scores[index++] - largest);
       total += p;
       for (int64_t d = 0; d < args.v_dim; ++d) {
-        sums[static_cast<size_t>(d)] += p * element(kv.v, kv, key, kv.v_block_stride, kv.v_head_stride, args.v_dim, d);
+        sums[static_cast<size_t>(d)] += p * v_at(kv, key, d);
       }
     }
   }
@@ -259,6 +271,7 @@ const KernelTable& RefKernels() {
       .pack_weights = PackWeights,
       .unpack_row = UnpackRow,
       .linear = Linear,
+      .linear_many = LinearMany,
       .rms_norm = RmsNorm,
       .add = Add,
       .swiglu = Swiglu,

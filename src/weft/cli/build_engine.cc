@@ -10,6 +10,7 @@
 #include "weft/core/log.h"
 #include "weft/model/checkpoint.h"
 #include "weft/model/model_path.h"
+#include "weft/model/weights.h"
 #include "weft/runner/executor.h"
 
 namespace weft::cli {
@@ -115,13 +116,6 @@ int64_t ModelMaxLen(const ModelConfig& config) {
     return std::max(positions, static_cast<int64_t>(static_cast<double>(rope.original_max_position) * rope.factor));
   }
   return positions;
-}
-
-int64_t WeightBytes(const ModelConfig& c, DType dtype) {
-  const int64_t attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads);
-  const int64_t mlp = 3 * c.hidden_size * c.intermediate_size;
-  const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size;
-  return (c.num_layers * (attention + mlp) + embeddings) * static_cast<int64_t>(SizeOf(dtype));
 }
 
 BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {

@@ -35,9 +35,6 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options = {}
 // The longest sequence that the model's positions are made for, with what its rope scaling adds.
 int64_t ModelMaxLen(const ModelConfig& config);
 
-// Bytes of all weights as `dtype`, one copy.
-int64_t WeightBytes(const ModelConfig& config, DType dtype);
-
 // The fields of generation_config.json that requests may leave out. Throws weft::Error for a value of a wrong type.
 SamplingDefaults ParseGenerationConfig(const nlohmann::json& config);
 

@@ -353,6 +353,15 @@ void AddGenerationConfig(const Json& generation_config, ModelConfig& config) {
   AddEos(Fields(generation_config, "generation_config.json: "), config.eos_token_ids);
 }
 
+double ModelConfig::attention_scale() const {
+  double scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
+  if (mla && rope.type == RopeConfig::Type::kYarn && rope.mscale_all_dim.value_or(0.0) != 0.0 && rope.factor > 1.0) {
+    const double mscale = 0.1 * *rope.mscale_all_dim * std::log(rope.factor) + 1.0;
+    scale *= mscale * mscale;
+  }
+  return scale;
+}
+
 std::vector<ModelTensor> ModelTensors(const ModelConfig& c) {
   using Kind = ModelTensor::Kind;
   std::vector<ModelTensor> tensors;

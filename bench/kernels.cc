@@ -1,5 +1,5 @@
 // bench_kernels: the speed of the kernels on Qwen3-0.6B's shapes, as shares of what the machine can do.
-//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|attention|small] [--shape NAME] [--seconds S]
+//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|many|attention|small] [--shape NAME] [--seconds S]
 //                 [--rows M ...] [--depths N ...] [--cpu-time] [--target AVX2]
 
 #include <fmt/format.h>
@@ -110,6 +110,107 @@ void BenchLinear(const KernelTable& table, ThreadPool& pool, const MachineLimits
         std::fflush(stdout);
       }
     }
+  }
+}
+
+// Many products as one job: each case's time, its shares of the limits, and how much longer the same products take one
+// after another.
+void BenchMany(const KernelTable& table, ThreadPool& pool, const MachineLimits& limits, const Options& options) {
+  struct Case {
+    std::string name;
+    int64_t n;
+    int64_t k;
+    std::vector<int64_t> rows;  // of each product
+    bool heads = false;         // the products are the heads of a row: x and y interleaved
+    bool same_x = false;
+  };
+  std::vector<Case> cases;
+  // Experts of 1408 x 2048 (DeepSeek-V2-Lite, Moonlight).
+  for (const auto& [name, n, k] : {std::tuple("gate_up", 2816, 2048), std::tuple("down", 2048, 1408)}) {
+    for (const int64_t m : {1, 2, 4}) {
+      cases.push_back({fmt::format("experts {}, 6 x m={}", name, m), n, k, std::vector<int64_t>(6, m)});
+    }
+    std::vector<int64_t> mixed(64);
+    for (size_t i = 0; i < mixed.size(); ++i) mixed[i] = 50 + static_cast<int64_t>(i * 37 % 64) * 7;
+    cases.push_back({fmt::format("experts {}, 64 x m=50..491", name), n, k, mixed});
+    cases.push_back({fmt::format("experts {}, 64 x m=24", name), n, k, std::vector<int64_t>(64, 24)});
+    std::vector<int64_t> one_large(16, 4);
+    one_large[5] = 2000;
+    one_large[7] = 0;
+    cases.push_back({fmt::format("experts {}, m=2000 and 14 x m=4", name), n, k, one_large});
+  }
+  for (const int64_t heads : {16, 128}) {
+    for (const int64_t m : {1, 4, 16, 512}) {
+      const std::vector<int64_t> rows(static_cast<size_t>(heads), m);
+      cases.push_back({fmt::format("MLA q absorbed, {} heads, m={}", heads, m), 512, 128, rows, true});
+      cases.push_back({fmt::format("MLA values, {} heads, m={}", heads, m), 128, 512, rows, true});
+      if (m >= 16) cases.push_back({fmt::format("MLA expanded, {} heads, m={}", heads, m), 128, 512, rows, true, true});
+    }
+  }
+  std::printf("\nlinear_many, bf16 weights (median; share of FMA / of read bandwidth; best; linear in a loop)\n");
+  for (const Case& c : cases) {
+    if (!options.shape.empty() && c.name.find(options.shape) == std::string::npos) continue;
+    const int64_t bytes = c.n * c.k * 2;
+    // Decode finds other experts (other layers' heads) each time, none of them in the caches.
+    const size_t copies = static_cast<size_t>((int64_t{300} << 20) / bytes);
+    Buffer source(static_cast<size_t>(c.n * c.k) * sizeof(float));
+    FillRandom(source.as<float>(), c.n * c.k, 0.1f);
+    std::vector<PackedWeights> weights(copies);
+    for (PackedWeights& w : weights) {
+      w.n = c.n;
+      w.k = c.k;
+      table.pack_weights(source.data(), DType::kF32, c.k, 0, c.n, w);
+    }
+    const int64_t count = static_cast<int64_t>(c.rows.size());
+    int64_t total = 0;
+    int64_t used = 0;
+    for (const int64_t m : c.rows) {
+      total += m;
+      used += m > 0;
+    }
+    Buffer x(static_cast<size_t>(total * c.k) * sizeof(float));
+    Buffer y(static_cast<size_t>(total * c.n) * sizeof(float));
+    FillRandom(x.as<float>(), total * c.k, 2.0f);
+    std::vector<LinearArgs> args;
+    int64_t row = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t m = c.rows[static_cast<size_t>(i)];
+      args.push_back({.x = x.as<float>() + (c.same_x  ? 0
+                                            : c.heads ? i * c.k
+                                                      : row * c.k),
+                      .x_stride = c.heads && !c.same_x ? count * c.k : c.k,
+                      .m = m,
+                      .y = y.as<float>() + (c.heads ? i * c.n : row * c.n),
+                      .y_stride = c.heads ? count * c.n : c.n});
+      row += m;
+    }
+    size_t next = 0;
+    auto renew = [&] {
+      for (LinearArgs& one : args) {
+        one.w = &weights[next];
+        next = (next + 1) % copies;
+      }
+    };
+    const Timing many = Measure(
+        [&] {
+          renew();
+          table.linear_many(args, pool);
+        },
+        5, options.seconds, options.clock);
+    const Timing loop = Measure(
+        [&] {
+          renew();
+          for (const LinearArgs& one : args) table.linear(one, pool);
+        },
+        5, options.seconds, options.clock);
+    const double gflop = 2.0 * static_cast<double>(total * c.n * c.k) / kGiga;
+    const double gbytes = static_cast<double>(used * bytes) / kGiga;
+    std::printf("  %-38s %10.1f us  %6.1f GFLOP/s %s  %5.1f GB/s %s   best %s %s   loop %.2f x\n", c.name.c_str(),
+                many.median_s * 1e6, gflop / many.median_s, Share(gflop / many.median_s, limits.fma_gflops.all).c_str(),
+                gbytes / many.median_s, Share(gbytes / many.median_s, limits.read_gb_s.all).c_str(),
+                Share(gflop / many.best_s, limits.fma_gflops.all).c_str(),
+                Share(gbytes / many.best_s, limits.read_gb_s.all).c_str(), loop.median_s / many.median_s);
+    std::fflush(stdout);
   }
 }
 
@@ -317,11 +418,11 @@ int Main(int argc, char** argv) {
   CLI::App app("Speed of weft's kernels against the limits of this machine");
   app.add_option("--kernels", options.kernels, "cpu or ref")->capture_default_str();
   app.add_option("--threads", options.threads, "threads, 0: one a CPU")->capture_default_str();
-  app.add_option("--only", options.only, "linear, attention or small; empty: all");
+  app.add_option("--only", options.only, "linear, many, attention or small; empty: all");
   app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
   app.add_option("--depths", options.depths, "context lengths for attention");
   app.add_option("--rows", options.rows, "rows for linear");
-  app.add_option("--shape", options.shape, "linear: only the shape of this name");
+  app.add_option("--shape", options.shape, "linear: only the shape of this name; many: cases whose name contains this");
   std::string target;
   app.add_option("--target", target, "SIMD target for the kernels and the limits, e.g. AVX2; empty: the best");
   bool cpu_time = false;
@@ -344,6 +445,7 @@ int Main(int argc, char** argv) {
   std::printf("%skernels: %s, %s\n", Describe(limits).c_str(), std::string(table.name).c_str(),
               std::string(table.target).c_str());
   if (options.only.empty() || options.only == "linear") BenchLinear(table, pool, limits, options);
+  if (options.only.empty() || options.only == "many") BenchMany(table, pool, limits, options);
   if (options.only.empty() || options.only == "attention") BenchAttention(table, pool, limits, options);
   if (options.only.empty() || options.only == "small") BenchSmall(table, pool, options);
   std::printf("\n%s", Describe(MeasureMachineLimits(pool, options.clock)).c_str());

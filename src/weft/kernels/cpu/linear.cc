@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "weft/kernels/cpu/kernels.h"
+#include "weft/kernels/cpu/linear_plan.h"
 #include "weft/kernels/cpu/pack.h"
 #include "weft/kernels/cpu/scratch.h"
 #include "weft/kernels/cpu/targets.h"
@@ -467,13 +468,31 @@ constexpr int64_t kStreamRows = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON
 // return.
 constexpr int64_t kChunkDepth = 4 * kDepth;
 
+// How x of m rows is cut into chunks: pieces of at most so many rows, so many elements of them at a time.
+struct Blocking {
+  int64_t rows = 0;
+  int64_t depth = 0;  // a multiple of kDepth
+};
+
+Blocking BlockingOf(int64_t m, int64_t k) {
+  if (m > kStreamRows) return {.rows = RowsPerPiece(), .depth = kDepth};
+  // All of x fits.
+  if (m * kRowStride * DepthBlocks(k) * 4 <= L2Bytes() / 2) return {.rows = m, .depth = DepthBlocks(k) * kDepth};
+  const int64_t chunks = (k + kChunkDepth - 1) / kChunkDepth;
+  const int64_t depth = (DepthBlocks(k) + chunks - 1) / chunks * kDepth;
+  const int64_t rows = L2Bytes() / 2 / (4 * kRowStride) * kDepth / depth;
+  return {.rows = std::max<int64_t>(2 * kTileRows, rows), .depth = depth};
+}
+
+// Below so many multiplications waking the other threads costs more than it brings (some microseconds).
+constexpr int64_t kSmall = int64_t{1} << 17;
+
 template <typename T>
 void LinearOf(const LinearArgs& args, ThreadPool& pool) {
   const int64_t k = args.w->k;
   const int64_t panels = (args.w->n + kPanel - 1) / kPanel;
   const int64_t threads = pool.size();
-  // Below this much work waking the other threads costs more than it brings (some microseconds).
-  const bool small = args.m * args.w->n * k < int64_t{1} << 17;
+  const bool small = args.m * args.w->n * k < kSmall;
   const int64_t grain = small ? panels : std::max<int64_t>(1, (panels + threads * 4 - 1) / (threads * 4));
   if (args.m <= kGemvRows) {
     // A few pieces a thread, so that one which was held up elsewhere does not hold up the rest.
@@ -535,8 +554,67 @@ void Linear(const LinearArgs& args, ThreadPool& pool) {
   }
 }
 
+// Calls fn(args, panel0, panel1) for the parts of the products of `group` that its panels [panel0, panel1) are.
+template <class Fn>
+HWY_INLINE void ForProducts(const cpu::LinearGroup& group, int64_t panel0, int64_t panel1, const Fn& fn) {
+  for (const LinearArgs& args : group.args) {
+    const int64_t panels = (args.w->n + kPanel - 1) / kPanel;
+    const int64_t lo = std::max<int64_t>(panel0, 0);
+    const int64_t hi = std::min(panel1, panels);
+    if (lo < hi) fn(args, lo, hi);
+    panel0 -= panels;
+    panel1 -= panels;
+  }
+}
+
+void ManyPiece(const cpu::LinearGroup& group, const cpu::LinearPiece& piece) {
+  const LinearArgs& x_args = group.args.front();
+  if (x_args.m > kGemvRows && x_args.m <= kStreamRows) {
+    const int64_t k = x_args.w->k;
+    const int64_t depth = BlockingOf(x_args.m, k).depth;
+    const int64_t rows = piece.row1 - piece.row0;
+    float* x = ScratchOf<float>(ScratchSlot::kWork, rows * kRowStride * DepthBlocks(depth));
+    for (int64_t p0 = 0; p0 < k; p0 += depth) {
+      const Chunk chunk = {.x = x,
+                           .x_block = rows * kRowStride,
+                           .row0 = piece.row0,
+                           .rows = rows,
+                           .p0 = p0,
+                           .depth = std::min(depth, k - p0)};
+      PackRows(x_args, piece.row0, piece.row1, p0, chunk.depth, piece.row0, chunk.x_block, x);
+      ForProducts(group, piece.panel0, piece.panel1, [&](const LinearArgs& args, int64_t lo, int64_t hi) HWY_ATTR {
+        if (args.w->dtype == DType::kBF16) {
+          StreamChunk<bf16>(args, chunk, lo, hi);
+        } else {
+          StreamChunk<float>(args, chunk, lo, hi);
+        }
+      });
+    }
+    return;
+  }
+  ForProducts(group, piece.panel0, piece.panel1, [&](const LinearArgs& args, int64_t lo, int64_t hi) HWY_ATTR {
+    const bool gemv = args.m <= kGemvRows;
+    if (args.w->dtype == DType::kBF16) {
+      gemv ? GemvRange<bf16>(args, lo, hi) : GemmPiece<bf16>(args, piece.row0, piece.row1, lo, hi);
+    } else {
+      gemv ? GemvRange<float>(args, lo, hi) : GemmPiece<float>(args, piece.row0, piece.row1, lo, hi);
+    }
+  });
+}
+
 void LinearMany(std::span<const LinearArgs> args, ThreadPool& pool) {
-  for (const LinearArgs& one : args) Linear(one, pool);
+  thread_local cpu::LinearPlan plan_memory;
+  cpu::LinearPlan& plan = plan_memory;
+  cpu::PlanLinear(
+      args, pool.size(), [](const LinearArgs& one) { return BlockingOf(one.m, one.w->k).rows; }, plan);
+  const int64_t pieces = static_cast<int64_t>(plan.pieces.size());
+  const int64_t grain = plan.products < kSmall ? std::max<int64_t>(pieces, 1) : 1;
+  pool.ParallelFor(pieces, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const cpu::LinearPiece& piece = plan.pieces[static_cast<size_t>(i)];
+      ManyPiece(plan.groups[static_cast<size_t>(piece.group)], piece);
+    }
+  });
 }
 
 }  // namespace

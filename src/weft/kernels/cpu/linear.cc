@@ -33,8 +33,11 @@ using cpu::ScratchSlot;
 
 constexpr int64_t kPanelVectors = kPanel / kLanes;
 
-// Rows up to which single panels are streamed: so many rows x panel vectors of sums stay in registers.
-constexpr int64_t kGemvRows = HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR ? 1 : 2;
+// Rows up to which single panels are streamed. So many rows x panel vectors of sums must stay in registers; beyond 6
+// the register tile over two panels is as fast.
+constexpr int kGemvRows = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 24 / (4 * kPanelVectors)
+                          : HWY_TARGET == HWY_AVX2                         ? 2
+                                                                           : 1;
 
 // Rows 2q and 2q + 1 of a panel, columns j .. j + kLanes, as floats.
 HWY_INLINE void LoadPair(const bf16* panel, int64_t q, int64_t j, VF& even, VF& odd) {
@@ -83,6 +86,10 @@ HWY_INLINE void StorePanel(const VF (&sums)[kPanelVectors], const LinearArgs& ar
   }
 }
 
+// How many bytes ahead of the arithmetic GEMV reads memory: at least the bandwidth of a core times the latency of
+// memory.
+constexpr int64_t kGemvAhead = 8192;
+
 // Panels [panel0, panel1) for the kRows rows of x.
 template <int kRows, typename T>
 void GemvPanels(const LinearArgs& args, int64_t panel0, int64_t panel1) {
@@ -91,8 +98,6 @@ void GemvPanels(const LinearArgs& args, int64_t panel0, int64_t panel1) {
   // Independent chains: an FMA's result is ready after 4 cycles and two start in each, so 8 sums are wanted.
   constexpr int64_t kSums = kRows * kPanelVectors;
   constexpr int64_t kUnroll = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;
-  // How far ahead of the arithmetic memory is read: about the bandwidth of a core times the latency of memory.
-  constexpr int64_t kAheadBytes = 4096;
   const int64_t pairs = w.k / 2;
   const float* x[kRows];
   for (int i = 0; i < kRows; ++i) x[i] = args.x + i * args.x_stride;
@@ -110,7 +115,7 @@ void GemvPanels(const LinearArgs& args, int64_t panel0, int64_t panel1) {
     int64_t q = 0;
     for (; q + kUnroll <= pairs; q += kUnroll) {
       constexpr int64_t kStepBytes = kUnroll * 2 * kPanel * static_cast<int64_t>(sizeof(T));
-      const char* ahead = reinterpret_cast<const char*>(weights + 2 * q * kPanel) + kAheadBytes;
+      const char* ahead = reinterpret_cast<const char*>(weights + 2 * q * kPanel) + kGemvAhead;
 #pragma GCC unroll 8
       for (int64_t b = 0; b < kStepBytes; b += 64) __builtin_prefetch(ahead + b, 0, 0);
 #pragma GCC unroll 4
@@ -152,15 +157,17 @@ void GemvPanels(const LinearArgs& args, int64_t panel0, int64_t panel1) {
   }
 }
 
+template <typename T, int... kRowsMinus1>
+void GemvOf(const LinearArgs& args, int64_t panel0, int64_t panel1, std::integer_sequence<int, kRowsMinus1...>) {
+  using Fn = void (*)(const LinearArgs&, int64_t, int64_t);
+  static constexpr Fn kFns[] = {&GemvPanels<kRowsMinus1 + 1, T>...};
+  kFns[args.m - 1](args, panel0, panel1);
+}
+
+// m <= kGemvRows.
 template <typename T>
 void GemvRange(const LinearArgs& args, int64_t panel0, int64_t panel1) {
-  switch (args.m) {
-    case 1:
-      return GemvPanels<1, T>(args, panel0, panel1);
-    case 2:
-      if constexpr (kGemvRows >= 2) GemvPanels<2, T>(args, panel0, panel1);
-      return;
-  }
+  GemvOf<T>(args, panel0, panel1, std::make_integer_sequence<int, kGemvRows>());
 }
 
 // One chunk of x: rows row0 .. row0 + rows of the problem, elements p0 .. p0 + depth of each, packed in blocks of
@@ -177,27 +184,27 @@ struct Chunk {
 
 // The register tile over packed panels, unpacking W on its way: kRows x kTileCols sums over `k` elements. The shifts
 // and ands run beside the multiply-adds, on ports of their own. Vector v of the columns comes from w[v]; where
-// fetch[v], the rows of W that lie `ahead` bytes further on are fetched meanwhile.
+// fetch[v] is not null, what lies there is fetched meanwhile, as many bytes.
 template <int kRows, typename T>
-void StreamTile(const float* HWY_RESTRICT x, int64_t x_block, const T* const (&w)[2], int64_t k, const bool (&fetch)[2],
-                int64_t ahead, float* HWY_RESTRICT c) {
+void StreamTile(const float* HWY_RESTRICT x, int64_t x_block, const T* const (&w)[2], int64_t k,
+                const char* const (&fetch)[2], float* HWY_RESTRICT c) {
   const DF d;
   VF acc[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = hn::Zero(d);
   const T* w0 = w[0];
   const T* w1 = w[1];
+  const char* fetch0 = fetch[0];
+  const char* fetch1 = fetch[1];
+  int64_t done = 0;
   constexpr int64_t kPairBytes = 2 * kPanel * static_cast<int64_t>(sizeof(T));
   for (int64_t p0 = 0; p0 < k; p0 += kDepth, x += x_block) {
     const int64_t pairs = (std::min(kDepth, k - p0) + 1) / 2;
     const float* a = x;
     for (int64_t q = 0; q < pairs; ++q) {
-      for (int64_t b = 0; b < kPairBytes && fetch[0]; b += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w0) + ahead + b, 0, 2);
-      }
-      for (int64_t b = 0; b < kPairBytes && fetch[1]; b += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w1) + ahead + b, 0, 2);
-      }
+      for (int64_t b = 0; b < kPairBytes && fetch0 != nullptr; b += 64) __builtin_prefetch(fetch0 + done + b, 0, 2);
+      for (int64_t b = 0; b < kPairBytes && fetch1 != nullptr; b += 64) __builtin_prefetch(fetch1 + done + b, 0, 2);
+      done += kPairBytes;
       const VF even0 = LoadHalf<0>(w0);
       const VF even1 = LoadHalf<0>(w1);
 #pragma GCC unroll 16
@@ -230,8 +237,7 @@ void StreamTile(const float* HWY_RESTRICT x, int64_t x_block, const T* const (&w
 constexpr int kStreamTileRows = kTileRows == 6 ? 5 : kTileRows;
 
 template <typename T>
-using StreamTileFn = void (*)(const float*, int64_t, const T* const (&)[2], int64_t, const bool (&)[2], int64_t,
-                              float*);
+using StreamTileFn = void (*)(const float*, int64_t, const T* const (&)[2], int64_t, const char* const (&)[2], float*);
 
 template <typename T, int... kRowsMinus1>
 constexpr std::array<StreamTileFn<T>, sizeof...(kRowsMinus1) + 1> MakeStreamTiles(
@@ -280,9 +286,10 @@ HWY_INLINE void PrefetchResults(const LinearArgs& args, int64_t row, int64_t hei
 
 int64_t DepthBlocks(int64_t k) { return (k + kDepth - 1) / kDepth; }
 
-// A chunk of x times panels [panel0, panel1).
+// A chunk of x times panels [panel0, panel1). `next` (or null): the panels that will be wanted after these.
 template <typename T>
-void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int64_t panel1) {
+void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int64_t panel1,
+                 const void* next = nullptr) {
   static constexpr auto kTiles = MakeStreamTiles<T>(std::make_integer_sequence<int, kStreamTileRows>());
   const PackedWeights& w = *args.w;
   const Strips strips(chunk.rows, kStreamTileRows);
@@ -294,24 +301,29 @@ void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int
   };
   // The next tile's panels are fetched while the first strip or two of rows go over this one's: a core's arithmetic on
   // 12 rows takes about as long as memory takes to bring the next panels.
-  const int64_t ahead = std::max<int64_t>(1, kTileCols / kPanel) * PanelBytes(w);
+  const int64_t panel_bytes = PanelBytes(w);
   constexpr bool kTwoPanels = kTileCols > kPanel;
   HWY_ALIGN float tile[kTileRows * kTileCols];
   for (int64_t col = panel0 * kPanel; col < col_end; col += kTileCols) {
     const T* panels[2] = {panel_at(col), panel_at(col + kLanes)};
-    const bool more = col + kTileCols < col_end;
+    const int64_t next_col = col + kTileCols;
+    const char* ahead = static_cast<const char*>(next);
+    if (next_col < col_end) ahead = reinterpret_cast<const char*>(panel_at(next_col));
     int64_t row = 0;
     for (int64_t s = 0; s < strips.count; ++s) {
       const int64_t height = strips.HeightOf(s);
-      const bool fetch[2] = {more && s == 0, more && kTwoPanels && s == (strips.count > 1 ? 1 : 0)};
+      const bool second = kTwoPanels && ahead != nullptr && s == (strips.count > 1 ? 1 : 0);
+      const char* fetch[2] = {s == 0 ? ahead : nullptr, second ? ahead + panel_bytes : nullptr};
       PrefetchResults(args, chunk.row0 + row, height, col, kTileCols);
-      kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch, ahead,
-                                          tile);
+      kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch, tile);
       StoreTile(tile, args, chunk.row0 + row, height, col, chunk.p0 == 0);
       row += height;
     }
   }
 }
+
+// Rows that are fetched ahead of the one being packed.
+constexpr int64_t kPackAhead = 4;
 
 // Packs elements p0 .. p0 + depth of rows [begin, end) of x, whose place is that of rows begin - row0 of a chunk.
 void PackRows(const LinearArgs& args, int64_t begin, int64_t end, int64_t p0, int64_t depth, int64_t row0,
@@ -319,6 +331,9 @@ void PackRows(const LinearArgs& args, int64_t begin, int64_t end, int64_t p0, in
   for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
     const int64_t count = std::min(kDepth, depth - d0);
     for (int64_t row = begin; row < end; ++row) {
+      // The rows of a head lie too far apart for the hardware to guess the next one.
+      const float* soon = args.x + std::min(row + kPackAhead, end - 1) * args.x_stride + p0 + d0;
+      for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(soon + i);
       float* out = to + d0 / kDepth * x_block + (row - row0) * kRowStride;
       ToFloats(args.x + row * args.x_stride + p0 + d0, count, out);
       out[count] = 0.0f;  // the partner of the last row of an odd k
@@ -567,7 +582,17 @@ HWY_INLINE void ForProducts(const cpu::LinearGroup& group, int64_t panel0, int64
   }
 }
 
-void ManyPiece(const cpu::LinearGroup& group, const cpu::LinearPiece& piece) {
+// Where panel `panel` of a group lies.
+const char* PanelAt(const cpu::LinearGroup& group, int64_t panel) {
+  const char* at = nullptr;
+  ForProducts(group, panel, panel + 1, [&](const LinearArgs& args, int64_t lo, int64_t) {
+    at = args.w->data.as<const char>() + lo * PanelBytes(*args.w);
+  });
+  return at;
+}
+
+// `next` (or null): the panels that the thread will want after these.
+void ManyPiece(const cpu::LinearGroup& group, const cpu::LinearPiece& piece, const char* next) {
   const LinearArgs& x_args = group.args.front();
   if (x_args.m > kGemvRows && x_args.m <= kStreamRows) {
     const int64_t k = x_args.w->k;
@@ -583,15 +608,18 @@ void ManyPiece(const cpu::LinearGroup& group, const cpu::LinearPiece& piece) {
                            .depth = std::min(depth, k - p0)};
       PackRows(x_args, piece.row0, piece.row1, p0, chunk.depth, piece.row0, chunk.x_block, x);
       ForProducts(group, piece.panel0, piece.panel1, [&](const LinearArgs& args, int64_t lo, int64_t hi) HWY_ATTR {
+        const LinearArgs* following = &args == &group.args.back() ? nullptr : &args + 1;
+        const void* then = following != nullptr ? following->w->data.data() : next;
         if (args.w->dtype == DType::kBF16) {
-          StreamChunk<bf16>(args, chunk, lo, hi);
+          StreamChunk<bf16>(args, chunk, lo, hi, then);
         } else {
-          StreamChunk<float>(args, chunk, lo, hi);
+          StreamChunk<float>(args, chunk, lo, hi, then);
         }
       });
     }
     return;
   }
+  for (int64_t b = 0; b < kGemvAhead && next != nullptr; b += 64) __builtin_prefetch(next + b, 0, 2);
   ForProducts(group, piece.panel0, piece.panel1, [&](const LinearArgs& args, int64_t lo, int64_t hi) HWY_ATTR {
     const bool gemv = args.m <= kGemvRows;
     if (args.w->dtype == DType::kBF16) {
@@ -608,11 +636,15 @@ void LinearMany(std::span<const LinearArgs> args, ThreadPool& pool) {
   cpu::PlanLinear(
       args, pool.size(), [](const LinearArgs& one) { return BlockingOf(one.m, one.w->k).rows; }, plan);
   const int64_t pieces = static_cast<int64_t>(plan.pieces.size());
-  const int64_t grain = plan.products < kSmall ? std::max<int64_t>(pieces, 1) : 1;
+  // Small pieces are taken several at a time, so that each knows which one follows.
+  const int64_t few = pieces / (pool.size() * 2 * cpu::kPiecesOfThread);
+  const int64_t grain = std::max<int64_t>(1, plan.products < kSmall ? pieces : few);
   pool.ParallelFor(pieces, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const cpu::LinearPiece& piece = plan.pieces[static_cast<size_t>(i)];
-      ManyPiece(plan.groups[static_cast<size_t>(piece.group)], piece);
+      const cpu::LinearPiece* next = i + 1 < end ? &piece + 1 : nullptr;
+      ManyPiece(plan.groups[static_cast<size_t>(piece.group)], piece,
+                next == nullptr ? nullptr : PanelAt(plan.groups[static_cast<size_t>(next->group)], next->panel0));
     }
   });
 }

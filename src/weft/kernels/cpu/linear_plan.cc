@@ -7,8 +7,6 @@
 namespace weft::cpu {
 namespace {
 
-// Pieces a thread, so that one which was held up elsewhere does not hold up the rest.
-constexpr int64_t kPiecesOfThread = 8;
 // Every piece packs its rows of x, which costs as much as the arithmetic of some 5 columns.
 constexpr int64_t kLeastPanels = 8;
 

@@ -10,6 +10,9 @@
 
 namespace weft::cpu {
 
+// Pieces a thread, so that one which was held up elsewhere does not hold up the rest.
+constexpr int64_t kPiecesOfThread = 8;
+
 // Neighbouring products of the same rows of x: one product with the columns of all, whose x is packed once.
 struct LinearGroup {
   std::span<const LinearArgs> args;

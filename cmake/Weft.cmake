@@ -51,3 +51,37 @@ function(weft_test name)
     set_tests_properties(${name} PROPERTIES PROCESSORS 64)
   endif()
 endfunction()
+
+# weft_mpi_test(name SOURCES ... DEPS folder ... PROCESSES 2 4 [TIMEOUT s])
+#   a program with a main of its own, run by mpirun as one test for each number of processes; label `mpi`. Where there is
+#   no MPI there is no such test.
+function(weft_mpi_test name)
+  if(NOT WEFT_BUILD_TESTS OR NOT WEFT_HAVE_MPI)
+    return()
+  endif()
+  cmake_parse_arguments(A "" "TIMEOUT" "SOURCES;DEPS;LINK;PROCESSES" ${ARGN})
+  list(TRANSFORM A_DEPS PREPEND weft_)
+  add_executable(${name} ${A_SOURCES})
+  target_link_libraries(${name} PRIVATE weft_flags ${A_DEPS} ${A_LINK} GTest::gtest)
+  target_compile_definitions(${name} PRIVATE WEFT_TEST_DATA="${CMAKE_SOURCE_DIR}/tests/data")
+  foreach(n ${A_PROCESSES})
+    add_test(NAME ${name}_${n} COMMAND ${WEFT_MPIRUN} --oversubscribe --bind-to none -n ${n} $<TARGET_FILE:${name}>)
+    weft_mpi_test_properties(${name}_${n} ${A_TIMEOUT})
+  endforeach()
+endfunction()
+
+# What a test that starts mpirun needs: the right to do so as root, and alone on the machine, for it shares few cores.
+function(weft_mpi_test_properties test)
+  if(ARGC GREATER 1)
+    set(timeout ${ARGV1})
+  else()
+    set(timeout 300)
+  endif()
+  set(environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1)
+  if(WEFT_SANITIZE)
+    # What MPI keeps to the end is not ours to free.
+    list(APPEND environment ASAN_OPTIONS=detect_leaks=0)
+  endif()
+  set_tests_properties(${test} PROPERTIES TIMEOUT ${timeout} LABELS mpi RUN_SERIAL TRUE PROCESSORS 64
+    ENVIRONMENT "${environment}")
+endfunction()

@@ -40,8 +40,11 @@ class Communicator {
 
   // AllGather in two halves, so that compute runs in between. `sizes[i]` is how many bytes member i gives: known to all
   // beforehand, the same on all, sizes[rank()] = mine.size(). No other collective of this group may come between the
-  // two; those of other groups may. `mine` is the group's to read from StartAllGather on, and for as long as
-  // AllGather's is; `sizes` is not kept. Neither half waits for a peer that has not started, save FinishAllGather.
+  // two; those of other groups may. `sizes` is not kept. StartAllGather does not wait for
+  // anybody, FinishAllGather for all that give anything. So that a member can work on what one collective brought while
+  // the next one is under way, views that were valid before StartAllGather stay so until FinishAllGather is entered;
+  // and the owner of `mine` must leave it alone until its collective after the next has returned (a ring of three
+  // buffers does).
   virtual void StartAllGather(std::span<const std::byte> mine, std::span<const size_t> sizes) = 0;
   virtual void FinishAllGather(std::vector<std::span<const std::byte>>& views) = 0;
 

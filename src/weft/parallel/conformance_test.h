@@ -157,6 +157,37 @@ TEST_P(CommunicatorConformance, AllGatherInTwoHalves) {
   });
 }
 
+// What the collective before brought may be read between the two halves; a ring of three buffers serves the owner.
+TEST_P(CommunicatorConformance, ViewsStayWhileTheNextAllGatherIsUnderWay) {
+  GetParam().run([&](Communicator& comm) {
+    std::mt19937_64 mine(GetParam().seed ^ static_cast<uint64_t>(comm.rank() + 29));
+    // Below and above what may travel inside a first message.
+    const size_t n = 100 + GetParam().seed % 2 * 3000;
+    std::vector<std::vector<int64_t>> ring(3, std::vector<int64_t>(n));
+    const std::vector<size_t> sizes(static_cast<size_t>(comm.size()), n * sizeof(int64_t));
+    std::vector<std::span<const int64_t>> views;
+    const auto value = [](int64_t round, int r, size_t i) { return round * 100000 + r * 10000 + static_cast<int>(i); };
+    const auto check = [&](int64_t round) {
+      for (int r = 0; r < comm.size(); ++r) {
+        for (size_t i = 0; i < n; i += 1 + i / 4) {
+          ASSERT_EQ(views[static_cast<size_t>(r)][i], value(round, r, i)) << "member " << r;
+        }
+      }
+    };
+    for (int64_t round = 0; round < 200; ++round) {
+      std::vector<int64_t>& own = ring[static_cast<size_t>(round % 3)];
+      for (size_t i = 0; i < n; ++i) own[i] = value(round, comm.rank(), i);
+      comm.StartAllGather(std::as_bytes(std::span(own)), sizes);
+      for (auto k = mine() % 4; k > 0; --k) std::this_thread::yield();
+      if (round > 0) check(round - 1);
+      comm.FinishAllGather(views);
+    }
+    check(199);
+    comm.Barrier();
+    comm.Barrier();
+  });
+}
+
 // Every pair's bytes, of any size and none, and none at all in some rounds.
 TEST_P(CommunicatorConformance, AllToAllGivesEachMemberItsPart) {
   GetParam().run([&](Communicator& comm) {
@@ -254,14 +285,15 @@ TEST_P(CommunicatorConformance, AbortFreesWhoeverWaits) {
       ++members;
       std::vector<std::span<const std::byte>> views;
       const std::vector<std::span<const std::byte>> nothing(static_cast<size_t>(comm.size()));
-      const std::vector<size_t> zeros(static_cast<size_t>(comm.size()));
+      const std::byte byte{};
+      const std::vector<size_t> ones(static_cast<size_t>(comm.size()), 1);
       const auto collective = [&](int i) {
-        // Every one of these waits for all members; Release need not.
+        // Every one of these waits for all members; Release need not, nor the halves for one that gives nothing.
         if (i % 4 == 0) comm.Barrier();
         if (i % 4 == 1) comm.AllGather({}, views);
         if (i % 4 == 2) comm.AllToAll(nothing, views);
         if (i % 4 == 3) {
-          comm.StartAllGather({}, zeros);
+          comm.StartAllGather(std::span(&byte, 1), ones);
           comm.FinishAllGather(views);
         }
       };
@@ -278,7 +310,7 @@ TEST_P(CommunicatorConformance, AbortFreesWhoeverWaits) {
         EXPECT_THROW(comm.AllGather({}, views), Error);
         EXPECT_THROW(comm.Release(), Error);
         EXPECT_THROW(comm.AllToAll(nothing, views), Error);
-        EXPECT_THROW(comm.StartAllGather({}, zeros), Error);
+        EXPECT_THROW(comm.StartAllGather(std::span(&byte, 1), ones), Error);
         throw;
       }
     }),

@@ -3,18 +3,21 @@
 #include <numeric>
 
 #include "weft/core/error.h"
+#include "weft/core/function_ref.h"
 
 namespace weft {
 namespace {
 
+using MakeGroup = FunctionRef<std::vector<std::unique_ptr<Communicator>>(const std::vector<int32_t>& members)>;
+
 // Makes every group of one kind once, when its first member is met, and hands its ends out.
-void MakeKind(const cp::ParallelConfig& config, std::vector<RankGroups>& ranks,
+void MakeKind(const cp::ParallelConfig& config, MakeGroup make, std::vector<RankGroups>& ranks,
               std::vector<int32_t> (*group_of)(const cp::ParallelConfig&, int32_t),
               std::unique_ptr<Communicator> RankGroups::*kind) {
   for (int32_t rank = 0; rank < config.WorldSize(); ++rank) {
     const std::vector<int32_t> members = group_of(config, rank);
     if (members.front() != rank) continue;
-    auto group = MakeInProcessGroup(static_cast<int>(members.size()));
+    auto group = make(members);
     for (size_t i = 0; i < members.size(); ++i) {
       auto& end = ranks[static_cast<size_t>(members[i])].*kind;
       WEFT_CHECK(end == nullptr, "rank {} is in two groups of a kind", members[i]);
@@ -29,22 +32,45 @@ std::vector<int32_t> WorldGroup(const cp::ParallelConfig& config, int32_t) {
   return all;
 }
 
-}  // namespace
-
-void RankGroups::Abort() {
-  for (Communicator* group : {world.get(), tp.get(), pcp.get(), dcp.get(), cp.get()}) group->Abort();
-}
-
-std::vector<RankGroups> MakeThreadGroups(const cp::ParallelConfig& config) {
+std::vector<RankGroups> MakeGroups(const cp::ParallelConfig& config, MakeGroup make) {
   std::vector<RankGroups> ranks(static_cast<size_t>(config.WorldSize()));
   for (int32_t rank = 0; rank < config.WorldSize(); ++rank)
     ranks[static_cast<size_t>(rank)].coord = CoordOf(config, rank);
-  MakeKind(config, ranks, WorldGroup, &RankGroups::world);
-  MakeKind(config, ranks, cp::TpGroup, &RankGroups::tp);
-  MakeKind(config, ranks, cp::PcpGroup, &RankGroups::pcp);
-  MakeKind(config, ranks, cp::DcpGroup, &RankGroups::dcp);
-  MakeKind(config, ranks, cp::CpGroup, &RankGroups::cp);
+  MakeKind(config, make, ranks, WorldGroup, &RankGroups::world);
+  MakeKind(config, make, ranks, cp::TpGroup, &RankGroups::tp);
+  MakeKind(config, make, ranks, cp::PcpGroup, &RankGroups::pcp);
+  MakeKind(config, make, ranks, cp::DcpGroup, &RankGroups::dcp);
+  MakeKind(config, make, ranks, cp::CpGroup, &RankGroups::cp);
   return ranks;
+}
+
+}  // namespace
+
+void RankGroups::Abort() {
+  for (Communicator* group : {world.get(), tp.get(), pcp.get(), dcp.get(), cp.get()}) {
+    if (group != nullptr) group->Abort();
+  }
+}
+
+std::vector<RankGroups> MakeThreadGroups(const cp::ParallelConfig& config) {
+  return MakeGroups(
+      config, [](const std::vector<int32_t>& members) { return MakeInProcessGroup(static_cast<int>(members.size())); });
+}
+
+std::vector<RankGroups> MakeProcessGroups(const cp::ParallelConfig& config, Processes& processes) {
+  const int32_t world = config.WorldSize();
+  if (world % processes.size() != 0) {
+    Throw(
+        "{} processes: must divide the number of ranks, {} (= --tensor-parallel-size {} x "
+        "--prefill-context-parallel-size {})",
+        processes.size(), world, config.tensor_parallel, config.prefill_context_parallel);
+  }
+  const int32_t here = world / processes.size();
+  return MakeGroups(config, [&](const std::vector<int32_t>& members) {
+    std::vector<int> process_of;
+    for (const int32_t rank : members) process_of.push_back(rank / here);
+    return processes.MakeGroup(process_of);
+  });
 }
 
 void AbortAll(std::span<RankGroups> ranks) {

@@ -286,6 +286,14 @@ HWY_INLINE void PrefetchResults(const LinearArgs& args, int64_t row, int64_t hei
 
 int64_t DepthBlocks(int64_t k) { return (k + kDepth - 1) / kDepth; }
 
+int64_t L2Bytes() {
+  static const int64_t bytes = [] {
+    const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return l2 > 0 ? l2 : int64_t{512} << 10;
+  }();
+  return bytes;
+}
+
 // A chunk of x times panels [panel0, panel1). `next` (or null): the panels that will be wanted after these.
 template <typename T>
 void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int64_t panel1,
@@ -303,22 +311,38 @@ void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int
   // 12 rows takes about as long as memory takes to bring the next panels.
   const int64_t panel_bytes = PanelBytes(w);
   constexpr bool kTwoPanels = kTileCols > kPanel;
+  // Panels that fit L2 beside the chunk are gone over once a strip of rows, whose x then stays in L1 and whose results
+  // are written in the order in which they lie; others once for all rows (few rows must not wait for cold panels).
+  const int64_t weight_bytes = (panel1 - panel0) * kPanel * chunk.depth * static_cast<int64_t>(sizeof(T));
+  const bool by_strips = weight_bytes <= L2Bytes() / 4 && strips.count >= 8;
+  const int64_t strips_at_once = by_strips ? 1 : strips.count;
   HWY_ALIGN float tile[kTileRows * kTileCols];
-  for (int64_t col = panel0 * kPanel; col < col_end; col += kTileCols) {
-    const T* panels[2] = {panel_at(col), panel_at(col + kLanes)};
-    const int64_t next_col = col + kTileCols;
-    const char* ahead = static_cast<const char*>(next);
-    if (next_col < col_end) ahead = reinterpret_cast<const char*>(panel_at(next_col));
-    int64_t row = 0;
-    for (int64_t s = 0; s < strips.count; ++s) {
-      const int64_t height = strips.HeightOf(s);
-      const bool second = kTwoPanels && ahead != nullptr && s == (strips.count > 1 ? 1 : 0);
-      const char* fetch[2] = {s == 0 ? ahead : nullptr, second ? ahead + panel_bytes : nullptr};
-      PrefetchResults(args, chunk.row0 + row, height, col, kTileCols);
-      kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch, tile);
-      StoreTile(tile, args, chunk.row0 + row, height, col, chunk.p0 == 0);
-      row += height;
+  int64_t row0 = 0;
+  for (int64_t s0 = 0; s0 < strips.count; s0 += strips_at_once) {
+    const int64_t s1 = s0 + strips_at_once;
+    int64_t row = row0;
+    for (int64_t col = panel0 * kPanel; col < col_end; col += kTileCols) {
+      const T* panels[2] = {panel_at(col), panel_at(col + kLanes)};
+      const int64_t next_col = col + kTileCols;
+      const char* ahead = nullptr;
+      if (next_col >= col_end) {
+        if (s1 == strips.count) ahead = static_cast<const char*>(next);
+      } else if (s0 == 0) {
+        ahead = reinterpret_cast<const char*>(panel_at(next_col));
+      }
+      row = row0;
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t height = strips.HeightOf(s);
+        const bool second = kTwoPanels && ahead != nullptr && s == (strips_at_once > 1 ? s0 + 1 : s0);
+        const char* fetch[2] = {s == s0 ? ahead : nullptr, second ? ahead + panel_bytes : nullptr};
+        PrefetchResults(args, chunk.row0 + row, height, col, kTileCols);
+        kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch,
+                                            tile);
+        StoreTile(tile, args, chunk.row0 + row, height, col, chunk.p0 == 0);
+        row += height;
+      }
     }
+    row0 = row;
   }
 }
 
@@ -460,14 +484,6 @@ void GemmPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel
       }
     }
   }
-}
-
-int64_t L2Bytes() {
-  static const int64_t bytes = [] {
-    const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return l2 > 0 ? l2 : int64_t{512} << 10;
-  }();
-  return bytes;
 }
 
 // Rows of x that one thread keeps packed in its L2 at a time: half of it, the other half is for what streams through.

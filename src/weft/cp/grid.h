@@ -21,6 +21,7 @@ struct ParallelConfig {
   int32_t kv_interleave = 1;             // I, --cp-kv-cache-interleave-size
   int32_t block_tokens = 128;            // B, --block-size
   PcpKvLayout pcp_kv_layout = PcpKvLayout::kSharded;
+  bool expert_parallel = false;  // --enable-expert-parallel: whole experts on the ranks of the world, not slices by TP
 
   int32_t WorldSize() const { return data_parallel * prefill_context_parallel * tensor_parallel; }
   // Number of KV shards W: P*D, or D where every PCP rank holds all.

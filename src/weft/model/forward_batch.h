@@ -27,6 +27,7 @@ struct ForwardBatch {
   // Gather-KV rows come first, then gather-Q rows.
   int64_t rows = 0;
   int64_t gather_kv_rows = 0;
+  int64_t most_rows = 0;           // of any rank that takes part in the step
   std::vector<int32_t> token_ids;  // [rows]
   std::vector<int32_t> positions;  // [rows]
 
@@ -46,6 +47,21 @@ struct ForwardBatch {
   bool solo = false;
   // The KV shards whose keys this rank answers for in gather-Q: its own; working alone, those of all PCP ranks.
   std::vector<int32_t> local_shards;
+
+  // The gather-KV rows of all PCP ranks that run the step, for ranks that exchange the step's new keys themselves and
+  // not through their caches (see ContextAttention): rank by rank; row0 counts within that rank's rows.
+  struct NewKeys {
+    int32_t pcp = 0;
+    QuerySegment segment;
+  };
+  std::vector<NewKeys> new_keys;
+  // The requests among them that have keys from earlier steps: how many.
+  struct Context {
+    size_t request = 0;  // index into StepPlan::requests
+    int64_t tokens = 0;  // >= 1
+    std::span<const int32_t> block_table;
+  };
+  std::vector<Context> contexts;
 
   // Keys and values to be stored: the rows that PCP rank `source` computed, into the KV cache of PCP rank `target`.
   struct Store {

@@ -1,5 +1,6 @@
 #pragma once
-// The model graph of one rank: Llama, Qwen2 and Qwen3 dense families, driven by ModelConfig.
+// The model graph of one rank, driven by ModelConfig: Llama, Qwen2, Qwen3, DeepSeek-V2 and V3, dense or mixtures of
+// experts.
 
 #include <cstdint>
 #include <memory>
@@ -11,10 +12,13 @@
 #include "weft/cp/grid.h"
 #include "weft/kernels/table.h"
 #include "weft/model/config.h"
+#include "weft/model/context_attention.h"
 #include "weft/model/forward_batch.h"
 #include "weft/model/kv_cache.h"
+#include "weft/model/mla.h"
+#include "weft/model/moe.h"
+#include "weft/model/tensor_parallel.h"
 #include "weft/model/weights.h"
-#include "weft/parallel/communicator.h"
 
 namespace weft {
 
@@ -28,27 +32,23 @@ class RopeCache {
   Buffer values_;
 };
 
-// The groups that one rank exchanges with; index in each as cp::RankCoord says.
-struct ForwardGroups {
-  Communicator* tp = nullptr;
-  Communicator* pcp = nullptr;
-  Communicator* dcp = nullptr;
-  Communicator* cp = nullptr;  // all KV shards of this rank's KV heads
-};
-
 class Transformer {
  public:
   struct Options {
     const ModelConfig* config = nullptr;
     std::shared_ptr<const ModelWeights> weights;
+    std::shared_ptr<const ExpertWeights> experts;  // this rank's, of a model that has some
     std::shared_ptr<const RopeCache> rope;
     KvCache* cache = nullptr;
     cp::ParallelConfig parallel;
     cp::RankCoord coord;
     ForwardGroups groups;
+    bool expert_parallel = false;  // the experts are shared out over groups.world; else cut over groups.tp
     const KernelTable* kernels = nullptr;
     ThreadPool* pool = nullptr;
-    ThreadPool* joint_pool = nullptr;  // on PCP rank 0: as many threads as its PCP group has
+    ThreadPool* joint_pool = nullptr;       // on PCP rank 0: as many threads as its PCP group has
+    int64_t context_segment_tokens = 8192;  // ContextAttention's segment_tokens
+    bool stream = false;                    // ContextAttention's and MoeExperts' `stream`
   };
   // Collective: every rank of the groups constructs its own at the same time.
   explicit Transformer(Options options);
@@ -63,23 +63,19 @@ class Transformer {
 
  private:
   void Embed(const ForwardBatch& batch);
-  void PrepareAttention(const ForwardBatch& batch);
+  // attn_ = the attention's output for the rows of normed_.
   void Attention(const ForwardBatch& batch, int64_t layer);
-  void StoreKv(const ForwardBatch& batch, int64_t layer);
-  AttentionArgs AttentionOver(std::span<const AttentionTask> tasks, int64_t q_heads) const;
-  void GatherKvAttention(int64_t layer);
-  void GatherQAttention(const ForwardBatch& batch, int64_t layer);
-  // x += the sum over the TP group of W y (+ bias); `w` is this rank's slice of the input features.
+  // x += what the layer's MLP or experts make of the rows of normed_. `most_rows`: of any rank that shares the experts.
+  void DenseMlp(int64_t layer);
+  void MoeMlp(int64_t layer, int64_t most_rows);
+  // y = W_down (silu(gate) * up) of rows [row0, row0 + rows) of normed_, of a gate_up and down pair.
+  void Mlp(const LayerWeights& w, int64_t ffn, int64_t row0, int64_t rows, float* y, bool accumulate);
+  // x[row0 ...] += the sum over the TP group of W y (+ bias); `w` is this rank's slice of the input features.
   void RowParallel(const float* y, int64_t y_stride, const PackedWeights& w, const std::vector<float>& bias,
                    int64_t row0, int64_t rows);
-  // x[row0 ...] += sum over the TP group of partial() rows.
-  void AddReduced(int64_t row0, int64_t rows);
 
-  float* Partial() { return partial_[parity_].as<float>(); }
-  void Toggle() { parity_ ^= 1; }
-  // The threads and the group of the current step.
+  // The threads of the current step.
   ThreadPool& pool() const { return solo_ ? *o_.joint_pool : *o_.pool; }
-  Communicator& exchange() const { return solo_ ? *o_.groups.dcp : *o_.groups.cp; }
 
   Options o_;
   const ModelConfig& c_;
@@ -90,26 +86,17 @@ class Transformer {
   int64_t q_dim_;     // heads_ * head_dim
   int64_t kv_dim_;
   int64_t qkv_dim_;
-  int32_t shards_;
-  int32_t dcp_;
-  // Views of the peers' memory: of the CP group by shard, of the PCP group by PCP rank.
-  std::vector<const KvCache*> shard_caches_, pcp_caches_;
+  int64_t attn_dim_;  // heads_ * v_dim
+  TensorParallel tp_;
+  std::unique_ptr<MlaAttention> mla_;
+  std::unique_ptr<MoeExperts> moe_;
+  ContextAttention attention_;
 
   // Activations, [rows, ...]; grown on demand.
   int64_t rows_ = 0;
   bool solo_ = false;
   Buffer x_, normed_, qkv_, attn_, gate_up_, act_;
-  // What peers read lies in one of two buffers by turns: when a rank comes to use the first one again, every peer has
-  // entered the collective in between and is done with it.
-  Buffer partial_[2], reduced_[2], gather_q_part_[2];
-  int parity_ = 0;
-  int gather_q_parity_ = 0;
-  Buffer gathered_q_;
   Buffer logits_in_, logits_part_;
-
-  // Of the current step, the same for all layers but for the cache pointers.
-  std::vector<KvPages> gather_kv_pages_, gather_q_pages_;
-  std::vector<AttentionTask> gather_kv_tasks_, gather_q_tasks_;
 };
 
 }  // namespace weft

@@ -14,11 +14,22 @@
 #include "weft/parallel/rank_threads.h"
 #include "weft/runner/model_runner.h"
 #include "weft/runner/request_table.h"
+#include "weft/runner/step_costs.h"
 
 namespace weft {
 namespace {
 
 KvCacheShape ShapeOf(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype, int64_t blocks) {
+  if (config.mla) {
+    // One row [latent, k_rope] a token, the same on all TP ranks; values are read out of it.
+    return {.dtype = kv_dtype,
+            .layers = config.num_layers,
+            .blocks = blocks,
+            .block_tokens = parallel.block_tokens,
+            .kv_heads = 1,
+            .k_dim = config.mla->kv_lora_rank + config.mla->qk_rope_head_dim,
+            .v_dim = 0};
+  }
   return {.dtype = kv_dtype,
           .layers = config.num_layers,
           .blocks = blocks,
@@ -28,31 +39,23 @@ KvCacheShape ShapeOf(const ModelConfig& config, const cp::ParallelConfig& parall
           .v_dim = config.head_dim};
 }
 
-// Below this a prompt is not cut by itself: a product of few rows is bound by reading the weights, which cutting it
-// makes two ranks do at once. (docs/performance.md has the measurement.)
-constexpr int64_t kMinTokensToCut = 48;
-
-// FLOP of a token in the linear layers, and of a pair of a token and a key in attention.
-cp::QueryCosts CostsOf(const ModelConfig& c, int64_t pcp_min_tokens) {
-  const double attention = static_cast<double>(c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim);
-  const double mlp = 3.0 * static_cast<double>(c.hidden_size * c.intermediate_size);
-  return {.per_token = 2 * (attention + mlp),
-          .per_pair = 4.0 * static_cast<double>(c.num_heads * c.head_dim),
-          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : kMinTokensToCut};
-}
-
 class ThreadExecutor : public StepExecutor {
  public:
   ThreadExecutor(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint)
       : options_(options),
         config_(checkpoint->config()),
         kernels_(KernelsByName(options.kernels)),
-        batch_options_{options.parallel, CostsOf(config_, options.pcp_min_tokens), options.exchange,
-                       options.solo_max_tokens},
+        batch_options_{
+            .parallel = options.parallel,
+            .costs = QueryCostsOf(config_, options.pcp_min_tokens),
+            .exchange = options.exchange,
+            .mla = config_.mla.has_value(),
+            .solo_max_tokens = options.stream || options.parallel.expert_parallel ? 0 : options.solo_max_tokens},
         table_(options.seed),
         num_blocks_(options.num_blocks) {
     cp::Validate(options.parallel, {.heads = static_cast<int32_t>(config_.num_heads),
-                                    .kv_heads = static_cast<int32_t>(config_.num_kv_heads)});
+                                    .kv_heads = static_cast<int32_t>(config_.num_kv_heads),
+                                    .mla = config_.mla.has_value()});
     WEFT_CHECK(options.parallel.data_parallel == 1, "one executor is one replica");
     if (num_blocks_ == 0) {
       const int64_t block_bytes = VirtualBlockBytes(config_, options.parallel, options.kv_dtype);
@@ -126,6 +129,16 @@ class ThreadExecutor : public StepExecutor {
       weights_.push_back(
           LoadWeights(checkpoint, tp, i, options_.dtype, kernels_, pool, [&](int64_t bytes) { progress.Add(bytes); }));
     }
+    if (config_.moe) {
+      const int64_t experts = config_.moe->num_experts;
+      const bool whole = options_.parallel.expert_parallel;
+      for (int i = 0; i < (whole ? options_.parallel.WorldSize() : tp); ++i) {
+        const ExpertSlice slice = whole ? ExpertSlice{.experts = SplitRange(experts, options_.parallel.WorldSize(), i)}
+                                        : ExpertSlice{.experts = {0, experts}, .tp_size = tp, .tp = i};
+        experts_.push_back(LoadExperts(checkpoint, slice, options_.dtype, kernels_, pool,
+                                       [&](int64_t bytes) { progress.Add(bytes); }));
+      }
+    }
     progress.Finish();
   }
 
@@ -152,18 +165,28 @@ class ThreadExecutor : public StepExecutor {
     }
     rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
     rank->runner = std::make_unique<ModelRunner>(
-        Transformer::Options{.config = &config_,
-                             .weights = weights_[static_cast<size_t>(groups.coord.tp)],
-                             .rope = rope_,
-                             .cache = rank->cache.get(),
-                             .parallel = options_.parallel,
-                             .coord = groups.coord,
-                             .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get()},
-                             .kernels = &kernels_,
-                             .pool = rank->pool.get(),
-                             .joint_pool = rank->joint_pool.get()},
+        Transformer::Options{
+            .config = &config_,
+            .weights = weights_[static_cast<size_t>(groups.coord.tp)],
+            .experts = ExpertsOf(groups.coord),
+            .rope = rope_,
+            .cache = rank->cache.get(),
+            .parallel = options_.parallel,
+            .coord = groups.coord,
+            .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get(), groups.world.get()},
+            .expert_parallel = options_.parallel.expert_parallel,
+            .kernels = &kernels_,
+            .pool = rank->pool.get(),
+            .joint_pool = rank->joint_pool.get(),
+            .context_segment_tokens = options_.context_segment_tokens,
+            .stream = options_.stream},
         batch_options_);
     ranks_[static_cast<size_t>(index)] = std::move(rank);
+  }
+
+  std::shared_ptr<const ExpertWeights> ExpertsOf(const cp::RankCoord& coord) const {
+    if (experts_.empty()) return nullptr;
+    return experts_[static_cast<size_t>(options_.parallel.expert_parallel ? coord.rank : coord.tp)];
   }
 
   ExecutorOptions options_;
@@ -173,8 +196,9 @@ class ThreadExecutor : public StepExecutor {
   RequestTable table_;
   int64_t num_blocks_;
   int threads_per_rank_ = 1;
-  bool fits_ = false;                                         // every rank's threads can have CPUs of their own
-  std::vector<std::shared_ptr<const ModelWeights>> weights_;  // by TP index
+  bool fits_ = false;                                          // every rank's threads can have CPUs of their own
+  std::vector<std::shared_ptr<const ModelWeights>> weights_;   // by TP index
+  std::vector<std::shared_ptr<const ExpertWeights>> experts_;  // by rank with expert parallelism, else by TP index
   std::shared_ptr<const RopeCache> rope_;
   std::vector<RankGroups> groups_;
   std::vector<std::unique_ptr<Rank>> ranks_;

@@ -27,6 +27,10 @@ struct ExecutorOptions {
   ContextExchange exchange = ContextExchange::kAuto;
   int64_t pcp_min_tokens = 0;     // prompts of fewer new tokens are not cut over PCP ranks; 0: chosen by weft
   int64_t solo_max_tokens = 256;  // BatchOptions::solo_max_tokens
+  // Keys from earlier steps that prompts get from other processes, or expand (MLA), at a time: the bound on the memory
+  // that they take (--cp-context-segment-tokens).
+  int64_t context_segment_tokens = 8192;
+  bool stream = false;  // exchange in messages what could be read in place (tests)
   uint64_t seed = 0;
   bool progress = true;  // show how the weights are loaded
 };

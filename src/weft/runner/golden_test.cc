@@ -63,6 +63,10 @@ TEST_P(Golden, LogitsAndGreedyTokens) {
 
   std::vector<double> errors;
   size_t greedy_compared = 0;
+  // Where a router is close to a tie, a rounding of bf16 flips an expert, and that token's logits are all others'.
+  const nlohmann::json config = ReadJson(folder + "/config.json");
+  const bool experts = config.contains("num_experts") || config.contains("n_routed_experts");
+  size_t flipped = 0;
   const size_t prompts = manifest.at("prompts").size();
   for (size_t k = 0; k < prompts; ++k) {
     const std::string prefix = fmt::format("prompt_{}.", k);
@@ -87,8 +91,12 @@ TEST_P(Golden, LogitsAndGreedyTokens) {
     const float clear = f32 ? 2e-3f : 0.4f;
     for (size_t i = 0; i < request.forced_output.size(); ++i) {
       if (margin[i] < clear) continue;
-      EXPECT_EQ(result.sampled[i], request.forced_output[i]) << "prompt " << k << ", output " << i;
       ++greedy_compared;
+      if (!f32 && experts) {
+        flipped += result.sampled[i] != request.forced_output[i];
+        continue;
+      }
+      EXPECT_EQ(result.sampled[i], request.forced_output[i]) << "prompt " << k << ", output " << i;
     }
   }
   ASSERT_GT(errors.size(), 20u);
@@ -99,7 +107,10 @@ TEST_P(Golden, LogitsAndGreedyTokens) {
     EXPECT_GT(greedy_compared, 60u);
   } else {
     EXPECT_LE(median, tolerance.at("bf16_median").get<double>());
-    EXPECT_LE(errors.back(), tolerance.at("bf16_max").get<double>());
+    if (!experts) {
+      EXPECT_LE(errors.back(), tolerance.at("bf16_max").get<double>());
+    }
+    EXPECT_LE(flipped * 20, greedy_compared);
     EXPECT_GT(greedy_compared, 20u);
   }
   RecordProperty("worst_error", fmt::format("{}", errors.back()));
@@ -126,13 +137,29 @@ std::vector<GoldenRun> Runs() {
                   DType::kBF16,
                   "cpu",
                   {.prefill_context_parallel = 2, .decode_context_parallel = 2, .tensor_parallel = 2}});
+  for (const char* model : {"deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3", "qwen3_moe"}) {
+    const bool mla = std::string_view(model) != "qwen3_moe";
+    runs.push_back({model, DType::kF32, "cpu"});
+    runs.push_back({model, DType::kBF16, "cpu"});
+    runs.push_back({model, DType::kF32, "ref"});
+    runs.push_back({model, DType::kF32, "cpu", {.prefill_context_parallel = 2, .tensor_parallel = 2}});
+    runs.push_back({model,
+                    DType::kF32,
+                    "cpu",
+                    {.prefill_context_parallel = 2,
+                     .decode_context_parallel = mla ? 4 : 2,
+                     .tensor_parallel = 4,
+                     .kv_interleave = 16,
+                     .expert_parallel = true}});
+  }
   return runs;
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Golden, ::testing::ValuesIn(Runs()), [](const auto& param) {
   const GoldenRun& run = param.param;
-  return fmt::format("{}_{}_{}_tp{}pcp{}dcp{}", run.model, NameOf(run.dtype), run.kernels, run.parallel.tensor_parallel,
-                     run.parallel.prefill_context_parallel, run.parallel.decode_context_parallel);
+  return fmt::format("{}_{}_{}_tp{}pcp{}dcp{}{}", run.model, NameOf(run.dtype), run.kernels,
+                     run.parallel.tensor_parallel, run.parallel.prefill_context_parallel,
+                     run.parallel.decode_context_parallel, run.parallel.expert_parallel ? "ep" : "");
 });
 
 TEST(GoldenGguf, LogitsOfEveryFileType) {

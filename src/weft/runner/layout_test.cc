@@ -24,6 +24,8 @@ struct Choices {
   ContextExchange exchange = ContextExchange::kAuto;
   int64_t pcp_min_tokens = 1;   // every prompt is cut
   int64_t solo_max_tokens = 0;  // PCP rank 0 never works alone
+  bool stream = false;          // messages, as between processes, where memory is shared
+  int64_t segment_tokens = 8192;
 };
 
 std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::ParallelConfig& parallel, uint64_t seed,
@@ -32,6 +34,8 @@ std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::Pa
   options.exchange = choices.exchange;
   options.pcp_min_tokens = choices.pcp_min_tokens;
   options.solo_max_tokens = choices.solo_max_tokens;
+  options.stream = choices.stream;
+  options.context_segment_tokens = choices.segment_tokens;
   options.parallel = parallel;
   options.dtype = DType::kF32;
   options.kv_dtype = DType::kF32;
@@ -42,9 +46,10 @@ std::unique_ptr<StepExecutor> MakeExecutor(const SmallModel& model, const cp::Pa
 }
 
 std::string Name(const cp::ParallelConfig& p) {
-  return fmt::format("tp{}_pcp{}_dcp{}_i{}_b{}{}", p.tensor_parallel, p.prefill_context_parallel,
+  return fmt::format("tp{}_pcp{}_dcp{}_i{}_b{}{}{}", p.tensor_parallel, p.prefill_context_parallel,
                      p.decode_context_parallel, p.kv_interleave, p.block_tokens,
-                     p.pcp_kv_layout == cp::PcpKvLayout::kReplicated ? "_replicated" : "");
+                     p.pcp_kv_layout == cp::PcpKvLayout::kReplicated ? "_replicated" : "",
+                     p.expert_parallel ? "_ep" : "");
 }
 
 // Requests, and what one rank makes of each of them alone.
@@ -89,7 +94,9 @@ class Oracle {
   }
 
   void Check(const cp::ParallelConfig& parallel, const DriveOptions& options, const Choices& choices = {}) {
-    SCOPED_TRACE(fmt::format("exchange {}, cut from {}", static_cast<int>(choices.exchange), choices.pcp_min_tokens));
+    SCOPED_TRACE(fmt::format("exchange {}, cut from {}, alone up to {}{}, segments of {}",
+                             static_cast<int>(choices.exchange), choices.pcp_min_tokens, choices.solo_max_tokens,
+                             choices.stream ? ", streamed" : "", choices.segment_tokens));
     int64_t tokens = 0;
     for (const auto& request : requests_) {
       tokens += static_cast<int64_t>(request.prompt.size() + request.forced_output.size());
@@ -121,8 +128,7 @@ std::vector<cp::ParallelConfig> LegalLayouts(const SmallModel& model, int max_ra
                                           .kv_interleave = interleave,
                                           .block_tokens = block};
           try {
-            cp::Validate(
-                layout, {.heads = static_cast<int32_t>(model.heads), .kv_heads = static_cast<int32_t>(model.kv_heads)});
+            cp::Validate(layout, testing::HeadsOf(model));
           } catch (const Error&) {
             continue;
           }
@@ -149,20 +155,26 @@ TEST_P(Layouts, AllUpToEightRanksOnMixedChunkedTraffic) {
   const auto layouts = LegalLayouts(GetParam(), 8);
   EXPECT_GT(layouts.size(), 20u);
   auto one_of = [&](auto... values) { return std::array{values...}[rng() % sizeof...(values)]; };
-  for (const auto& layout : layouts) {
+  for (cp::ParallelConfig layout : layouts) {
     const Choices choices{one_of(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv),
-                          one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200})};
+                          one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200}),
+                          one_of(false, true), one_of(int64_t{1}, int64_t{7}, int64_t{50}, int64_t{8192})};
+    layout.expert_parallel = GetParam().experts > 0 && one_of(false, true);
     oracle.Check(layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05}, choices);
     oracle.Check(layout, {});
     if (HasFatalFailure()) return;
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Layouts,
-                         ::testing::Values(SmallModel{.heads = 8, .kv_heads = 1, .qk_norm = true},
-                                           SmallModel{.heads = 8, .kv_heads = 2, .bias = true},
-                                           SmallModel{.heads = 8, .kv_heads = 8, .tied = true},
-                                           SmallModel{.heads = 6, .kv_heads = 3, .qk_norm = true, .tied = true}));
+INSTANTIATE_TEST_SUITE_P(
+    Models, Layouts,
+    ::testing::Values(SmallModel{.heads = 8, .kv_heads = 1, .qk_norm = true},
+                      SmallModel{.heads = 8, .kv_heads = 2, .bias = true},
+                      SmallModel{.heads = 8, .kv_heads = 8, .tied = true},
+                      SmallModel{.heads = 6, .kv_heads = 3, .qk_norm = true, .tied = true},
+                      SmallModel{.heads = 8, .kv_heads = 2, .qk_norm = true, .experts = 7},
+                      SmallModel{.heads = 8, .mla = true, .experts = 7},
+                      SmallModel{.heads = 8, .mla = true, .q_lora_rank = 22, .experts = 14, .sigmoid = true}));
 
 // The cases of docs/context_parallel.md, one by one, on the layouts that have every kind of group.
 class Cases : public ::testing::Test {
@@ -190,6 +202,7 @@ class Cases : public ::testing::Test {
       for (const auto exchange : {ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv}) {
         oracle_.Check(layout, options, {.exchange = exchange});
         oracle_.Check(layout, options, {.exchange = exchange, .pcp_min_tokens = 20, .solo_max_tokens = 24});
+        oracle_.Check(layout, options, {.exchange = exchange, .stream = true, .segment_tokens = 12});
         if (HasFatalFailure()) return;
       }
     }

@@ -1,5 +1,7 @@
 #include "weft/runner/rank_batch.h"
 
+#include <algorithm>
+
 #include "weft/core/error.h"
 
 namespace weft {
@@ -15,7 +17,7 @@ int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int3
 
 // `shards`: among how many the ranks that run this step exchange.
 bool GathersQ(const BatchOptions& options, int32_t shards, const RequestStep& step) {
-  if (shards == 1) return false;
+  if (shards == 1 && !options.mla) return false;
   switch (options.exchange) {
     case ContextExchange::kGatherQ:
       return true;
@@ -75,6 +77,7 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
     std::vector<cp::DealtChunk> order;  // gather-KV rows first
     std::vector<const RequestState*> states;
     int64_t gathered = 0;
+    int64_t rows_of_rank = 0;
     for (const bool gather_q : {false, true}) {
       for (const cp::DealtChunk& dealt_chunk : dealt[static_cast<size_t>(pcp)]) {
         const auto& [item, chunk] = dealt_chunk;
@@ -91,12 +94,19 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
           f.gather_q.push_back(segment);
           gathered += chunk.tokens;
         }
-        if (!own) continue;
         if (!gather_q) {
-          segment.row0 = f.rows;
-          f.gather_kv.push_back(segment);
-          f.gather_kv_rows += chunk.tokens;
+          segment.row0 = rows_of_rank;
+          f.new_keys.push_back({pcp, segment});
+          if (own) {
+            f.gather_kv.push_back(segment);
+            f.gather_kv_rows += chunk.tokens;
+          }
+          const bool known = std::any_of(f.contexts.begin(), f.contexts.end(),
+                                         [&](const ForwardBatch::Context& c) { return c.request == item; });
+          if (step.computed > 0 && !known) f.contexts.push_back({item, step.computed, state.block_table});
         }
+        rows_of_rank += chunk.tokens;
+        if (!own) continue;
         for (int64_t x = chunk.first; x < chunk.first + chunk.tokens; ++x) {
           f.token_ids.push_back(state.tokens[static_cast<size_t>(x)]);
           f.positions.push_back(static_cast<int32_t>(x));
@@ -109,6 +119,7 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
     }
     if (own || pcp_exchanges) f.gather_q_rows.push_back(gathered);
     f.gathered_rows += gathered;
+    f.most_rows = std::max(f.most_rows, rows_of_rank);
 
     // The caches that this rank fills: its own; working alone, those of all PCP ranks.
     for (int32_t target = 0; target < pcp_size; ++target) {

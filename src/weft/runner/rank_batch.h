@@ -25,6 +25,9 @@ struct BatchOptions {
   cp::ParallelConfig parallel;
   cp::QueryCosts costs;
   ContextExchange exchange = ContextExchange::kAuto;
+  // MLA: gather-Q rows attend to the latents in absorbed form, gather-KV rows to expanded keys and values. So the
+  // choice matters on a single shard, too.
+  bool mla = false;
   // Steps of up to so many tokens in which no prompt is cut are run by PCP rank 0 with the threads of all (0: never).
   // Where PCP ranks share memory that beats dealing out a few rows: the weights are read once.
   int64_t solo_max_tokens = 0;

@@ -101,7 +101,44 @@ ModelConfig SmallConfig(const SmallModel& model) {
   c.tie_word_embeddings = model.tied;
   c.qkv_bias = c.o_bias = c.mlp_bias = model.bias;
   c.qk_norm = model.qk_norm;
+  if (model.mla) {
+    c.mla = MlaConfig{.q_lora_rank = model.q_lora_rank,
+                      .kv_lora_rank = 20,
+                      .qk_nope_head_dim = 12,
+                      .qk_rope_head_dim = 6,
+                      .v_head_dim = 10};
+    c.num_kv_heads = 1;
+    c.head_dim = 18;
+    c.rotary_dim = 6;
+    c.rope_interleaved = true;
+  }
+  if (model.experts > 0) {
+    MoeConfig moe;
+    moe.num_experts = model.experts;
+    moe.experts_per_token = 3;
+    moe.expert_ffn = 24;
+    moe.norm_topk = true;
+    moe.router_f32 = true;
+    if (model.sigmoid) {
+      moe.scoring = MoeConfig::Scoring::kSigmoid;
+      moe.shared_ffn = 29;
+      moe.num_groups = 2;
+      moe.groups_per_token = 1;
+      moe.group_score = MoeConfig::GroupScore::kTop2Sum;
+      moe.correction_bias = true;
+      moe.routed_scaling = 1.5;
+    }
+    c.moe = moe;
+    c.moe_layers.assign(static_cast<size_t>(c.num_layers), true);
+    c.moe_layers[0] = false;
+  }
   return c;
+}
+
+cp::ModelHeads HeadsOf(const SmallModel& model) {
+  return {.heads = static_cast<int32_t>(model.heads),
+          .kv_heads = static_cast<int32_t>(model.mla ? 1 : model.kv_heads),
+          .mla = model.mla};
 }
 
 std::vector<DrivenResult> Drive(StepExecutor& executor, const cp::ParallelConfig& parallel,

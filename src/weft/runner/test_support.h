@@ -28,7 +28,13 @@ struct SmallModel {
   bool qk_norm = false;
   bool bias = false;
   bool tied = false;
+  bool mla = false;  // kv_heads is then 1, whatever it says
+  int64_t q_lora_rank = 0;
+  int64_t experts = 0;   // a mixture of so many in all layers but the first
+  bool sigmoid = false;  // DeepSeek-V3's choice of experts, else Qwen3-MoE's
 };
+// What of it the rank grid has to fit.
+cp::ModelHeads HeadsOf(const SmallModel& model);
 // Odd sizes: a vocabulary and a width of the MLP that nothing divides.
 ModelConfig SmallConfig(const SmallModel& model);
 

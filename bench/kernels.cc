@@ -1,5 +1,6 @@
 // bench_kernels: the speed of the kernels on Qwen3-0.6B's shapes, as shares of what the machine can do.
-//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|many|attention|small] [--shape NAME] [--seconds S]
+//   bench_kernels [--kernels cpu|ref] [--threads N] [--only linear|many|attention|mla|small] [--shape NAME] [--seconds
+//   S]
 //                 [--rows M ...] [--depths N ...] [--cpu-time] [--target AVX2]
 
 #include <fmt/format.h>
@@ -216,11 +217,12 @@ void BenchMany(const KernelTable& table, ThreadPool& pool, const MachineLimits& 
 
 // A paged cache of one layer whose blocks lie in random order.
 struct Cache {
-  Cache(int64_t tokens, int kv_heads, int dim, DType dtype_in) : dtype(dtype_in) {
+  Cache(int64_t tokens, int kv_heads, int dim, DType dtype_in, bool with_values = true) : dtype(dtype_in) {
     const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
     const int64_t elements = blocks * kv_heads * kBlockTokens * dim;
     stride = int64_t{kv_heads} * kBlockTokens * dim;
     for (Buffer* buffer : {&k, &v}) {
+      if (buffer == &v && !with_values) break;
       *buffer = Buffer(static_cast<size_t>(elements) * SizeOf(dtype));
       if (dtype == DType::kBF16) {
         FillRandom(buffer->as<bf16>(), elements, 2.0f);
@@ -337,6 +339,113 @@ void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLim
   }
 }
 
+// Absorbed MLA: every head of a row attends to the one latent row of a token (576, of which 512 are the value).
+// Expanded MLA: each head has keys (192) and values (128) of its own, just computed, in contiguous f32 rows.
+void BenchMla(const KernelTable& table, ThreadPool& pool, const MachineLimits& limits, const Options& options) {
+  constexpr int kRank = 512;
+  constexpr int kLatent = 576;
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    std::printf(
+        "\nattention, absorbed MLA, %s latent cache: one row, cache not in the CPU's caches (median; share of "
+        "FMA / of read bandwidth; of the higher floor)\n",
+        std::string(NameOf(dtype)).c_str());
+    for (const int q_heads : {8, 16, 32, 64, 128}) {
+      std::vector<float> q(static_cast<size_t>(q_heads * kLatent));
+      std::vector<float> out(static_cast<size_t>(q_heads * kRank));
+      std::vector<float> lse(static_cast<size_t>(q_heads));
+      FillRandom(q.data(), static_cast<int64_t>(q.size()), 2.0f);
+      for (const int64_t depth : options.depths) {
+        const int64_t bytes = depth * kLatent * static_cast<int64_t>(SizeOf(dtype));
+        const int64_t copies = std::max<int64_t>(1, (int64_t{128} << 20) / bytes);
+        const Cache cache(depth * copies, 1, kLatent, dtype, false);
+        const std::vector<int32_t> visible = {static_cast<int32_t>(depth)};
+        int64_t next = 0;
+        const Timing timing = Measure(
+            [&] {
+              KvPages pages = cache.Pages(visible.data(), kLatent);
+              pages.v = pages.k;
+              pages.v_row_stride = kLatent;
+              pages.block_table += next * (depth / Cache::kBlockTokens);
+              next = (next + 1) % copies;
+              const AttentionTask task = {
+                  .q = q.data(), .out = out.data(), .lse = lse.data(), .rows = 1, .kv = {&pages, 1}};
+              table.attention({.tasks = {&task, 1},
+                               .q_heads = q_heads,
+                               .kv_heads = 1,
+                               .k_dim = kLatent,
+                               .v_dim = kRank,
+                               .scale = 0.1f},
+                              pool);
+            },
+            10, options.seconds, options.clock);
+        const double flop = 2.0 * static_cast<double>(depth * q_heads) * (kLatent + kRank) / kGiga;
+        const double read = static_cast<double>(bytes) / kGiga;
+        const double floor = std::max(flop / limits.fma_gflops.all, read / limits.read_gb_s.all);
+        std::printf("  %3d heads depth=%-6ld %10.1f us  %6.1f GFLOP/s %s  %5.1f GB/s %s  floor %s  best %s\n", q_heads,
+                    depth, timing.median_s * 1e6, flop / timing.median_s,
+                    Share(flop / timing.median_s, limits.fma_gflops.all).c_str(), read / timing.median_s,
+                    Share(read / timing.median_s, limits.read_gb_s.all).c_str(), Share(floor, timing.median_s).c_str(),
+                    Share(floor, timing.best_s).c_str());
+        std::fflush(stdout);
+      }
+    }
+  }
+  constexpr int kHeads = 16;
+  constexpr int kKeyDim = 192;
+  constexpr int kValueDim = 128;
+  constexpr int64_t kStride = kHeads * (kKeyDim + kValueDim);
+  constexpr int64_t kRows = 512;
+  std::printf(
+      "\nattention, expanded MLA, contiguous f32 keys and values: the last 512 rows (share of FMA, of what is "
+      "causal)\n");
+  std::vector<float> q(static_cast<size_t>(kRows * kHeads * kKeyDim));
+  std::vector<float> out(static_cast<size_t>(kRows * kHeads * kValueDim));
+  std::vector<float> lse(static_cast<size_t>(kRows * kHeads));
+  FillRandom(q.data(), static_cast<int64_t>(q.size()), 2.0f);
+  for (const int64_t depth : options.depths) {
+    std::vector<float> rows(static_cast<size_t>(depth * kStride));
+    FillRandom(rows.data(), static_cast<int64_t>(rows.size()), 2.0f);
+    std::vector<int32_t> visible(static_cast<size_t>(kRows));
+    double keys = 0;
+    for (size_t i = 0; i < visible.size(); ++i) {
+      visible[i] = static_cast<int32_t>(depth - kRows) + static_cast<int32_t>(i) + 1;
+      keys += visible[i];
+    }
+    const KvPages pages = {.k = rows.data(),
+                           .v = rows.data() + kHeads * kKeyDim,
+                           .dtype = DType::kF32,
+                           .k_head_stride = kKeyDim,
+                           .v_head_stride = kValueDim,
+                           .k_row_stride = kStride,
+                           .v_row_stride = kStride,
+                           .visible = visible.data()};
+    const AttentionTask task = {.q = q.data(),
+                                .q_stride = kHeads * kKeyDim,
+                                .out = out.data(),
+                                .out_stride = kHeads * kValueDim,
+                                .lse = lse.data(),
+                                .lse_stride = kHeads,
+                                .rows = kRows,
+                                .kv = {&pages, 1}};
+    const Timing timing = Measure(
+        [&] {
+          table.attention({.tasks = {&task, 1},
+                           .q_heads = kHeads,
+                           .kv_heads = kHeads,
+                           .k_dim = kKeyDim,
+                           .v_dim = kValueDim,
+                           .scale = 0.1f},
+                          pool);
+        },
+        5, options.seconds, options.clock);
+    const double flop = 2.0 * keys * kHeads * (kKeyDim + kValueDim) / kGiga;
+    std::printf("  prefill depth=%-6ld %10.1f us  %7.1f GFLOP/s %s   best %s\n", depth, timing.median_s * 1e6,
+                flop / timing.median_s, Share(flop / timing.median_s, limits.fma_gflops.all).c_str(),
+                Share(flop / timing.best_s, limits.fma_gflops.all).c_str());
+    std::fflush(stdout);
+  }
+}
+
 // What lies between the matrix products, as the time it adds to a layer of Qwen3-0.6B at 512 rows and at one.
 void BenchSmall(const KernelTable& table, ThreadPool& pool, const Options& options) {
   std::printf("\nthe small kernels (median)\n");
@@ -418,7 +527,7 @@ int Main(int argc, char** argv) {
   CLI::App app("Speed of weft's kernels against the limits of this machine");
   app.add_option("--kernels", options.kernels, "cpu or ref")->capture_default_str();
   app.add_option("--threads", options.threads, "threads, 0: one a CPU")->capture_default_str();
-  app.add_option("--only", options.only, "linear, many, attention or small; empty: all");
+  app.add_option("--only", options.only, "linear, many, attention, mla or small; empty: all");
   app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
   app.add_option("--depths", options.depths, "context lengths for attention");
   app.add_option("--rows", options.rows, "rows for linear");
@@ -447,6 +556,7 @@ int Main(int argc, char** argv) {
   if (options.only.empty() || options.only == "linear") BenchLinear(table, pool, limits, options);
   if (options.only.empty() || options.only == "many") BenchMany(table, pool, limits, options);
   if (options.only.empty() || options.only == "attention") BenchAttention(table, pool, limits, options);
+  if (options.only.empty() || options.only == "mla") BenchMla(table, pool, limits, options);
   if (options.only.empty() || options.only == "small") BenchSmall(table, pool, options);
   std::printf("\n%s", Describe(MeasureMachineLimits(pool, options.clock)).c_str());
   return 0;

@@ -61,6 +61,12 @@ struct MoeConfig {
   bool shared_gate = false;      // Qwen2-MoE: the shared expert's output times sigmoid(shared_gate . x)
 };
 
+// Weights stored as FP8 (e4m3) with one scale (NAME_scale_inv) for every block of rows x columns.
+struct Fp8Blocks {
+  int64_t rows = 0;
+  int64_t cols = 0;
+};
+
 struct ModelConfig {
   // "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM",
   // "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
@@ -91,7 +97,8 @@ struct ModelConfig {
   RopeConfig rope;
   std::optional<int32_t> bos_token_id;
   std::vector<int32_t> eos_token_ids;  // config.json's; generation_config.json's are added where present
-  std::optional<DType> dtype;          // torch_dtype or dtype: what the weights were trained or saved in
+  std::optional<Fp8Blocks> fp8_blocks;
+  std::optional<DType> dtype;  // torch_dtype or dtype: what the weights were trained or saved in
 
   bool IsMoe(int64_t layer) const { return moe && moe_layers.at(static_cast<size_t>(layer)); }
   // Values of one head in the attention's output, o_proj's input.
@@ -101,9 +108,10 @@ struct ModelConfig {
 };
 
 // Throws weft::Error naming the field, its value and the rule for what is missing, out of range or not supported
-// (sliding windows, other activations, unknown architectures ...). Reads both spellings of rope: rope_theta with
-// rope_scaling {type | rope_type, ...}, and rope_parameters {rope_theta, rope_type, ...}; rope_scaling goes first.
-// A field that is absent takes the default of the model's own configuration class where that has one worth having.
+// (sliding windows, other activations, unknown architectures, quantisations ...). Reads both spellings of rope:
+// rope_theta with rope_scaling {type | rope_type, ...}, and rope_parameters {rope_theta, rope_type, ...}; rope_scaling
+// goes first. A field that is absent takes the default of the model's own configuration class where that has one worth
+// having.
 ModelConfig ParseModelConfig(const nlohmann::json& config);
 
 // Replaces fields of `config` by those of `overrides` (a JSON object, or null for none). A rope_theta or rope_scaling
@@ -122,7 +130,8 @@ struct ModelTensor {
   int64_t cols = 0;
   int64_t elements() const { return rows == 0 ? cols : rows * cols; }
 };
-// All of them, embedding first, then layer by layer, the final norm, and the LM head unless it is tied.
+// All of them, embedding first, then layer by layer, the final norm, and the LM head unless it is tied; not those of
+// multi-token prediction layers, which checkpoints of DeepSeek-V3 have besides, nor the scales of FP8 ones.
 std::vector<ModelTensor> ModelTensors(const ModelConfig& config);
 
 // The inverse frequencies [rotary_dim / 2] in double and the factor on both cos and sin. The same table is used at all

@@ -76,6 +76,153 @@ TEST(ModelConfig, FamiliesDifferInBiasNormsAndTying) {
   EXPECT_EQ(ParseModelConfig(mistral).model_type, "mistral");
 }
 
+TEST(ModelConfig, LatentAttention) {
+  const ModelConfig lite = ParseModelConfig(Golden("deepseek_v2_lite"));
+  ASSERT_TRUE(lite.mla);
+  EXPECT_EQ(lite.mla->q_lora_rank, 0);
+  EXPECT_EQ(lite.mla->kv_lora_rank, 32);
+  EXPECT_EQ(lite.mla->qk_nope_head_dim, 32);
+  EXPECT_EQ(lite.mla->qk_rope_head_dim, 16);
+  EXPECT_EQ(lite.mla->v_head_dim, 24);
+  EXPECT_EQ(lite.num_kv_heads, 1);
+  EXPECT_EQ(lite.head_dim, 48);
+  EXPECT_EQ(lite.v_dim(), 24);
+  EXPECT_EQ(lite.rotary_dim, 16);
+  EXPECT_TRUE(lite.rope_interleaved);
+  EXPECT_FALSE(lite.qkv_bias || lite.o_bias || lite.qk_norm);
+  // yarn 40: cos and sin times get_mscale(mscale) / get_mscale(mscale_all_dim), scores times the square of the latter.
+  const auto mscale = [](double m) { return 0.1 * m * std::log(40.0) + 1.0; };
+  EXPECT_NEAR(MakeRopeTable(lite.rope, 16).attention_factor, 1.0, 1e-15);
+  EXPECT_NEAR(lite.attention_scale(), mscale(0.707) * mscale(0.707) / std::sqrt(48.0), 1e-15);
+  const ModelConfig full = ParseModelConfig(Golden("deepseek_v2_full"));
+  EXPECT_EQ(full.mla->q_lora_rank, 48);
+  EXPECT_NEAR(MakeRopeTable(full.rope, 16).attention_factor, mscale(1.0) / mscale(0.707), 1e-15);
+  EXPECT_NEAR(full.attention_scale(), lite.attention_scale(), 1e-15);
+  const ModelConfig v3 = ParseModelConfig(Golden("deepseek_v3"));
+  EXPECT_NEAR(v3.attention_scale(), mscale(1.0) * mscale(1.0) / std::sqrt(48.0), 1e-15);
+  EXPECT_TRUE(v3.rope_interleaved);
+  EXPECT_FALSE(ParseModelConfig(With(Golden("deepseek_v3"), "rope_interleave", false)).rope_interleaved);
+  EXPECT_NEAR(ParseModelConfig(With(Golden("deepseek_v3"), "rope_scaling", nullptr)).attention_scale(),
+              1 / std::sqrt(48.0), 1e-15);
+  // Other families with yarn have no such factor.
+  EXPECT_NEAR(ParseModelConfig(Golden("qwen2_yarn")).attention_scale(), 0.25, 1e-15);
+  const ModelConfig biased = ParseModelConfig(With(Golden("deepseek_v3"), "attention_bias", true));
+  EXPECT_TRUE(biased.qkv_bias && biased.o_bias);
+}
+
+TEST(ModelConfig, Experts) {
+  const ModelConfig lite = ParseModelConfig(Golden("deepseek_v2_lite"));
+  ASSERT_TRUE(lite.moe);
+  EXPECT_EQ(lite.moe->num_experts, 12);
+  EXPECT_EQ(lite.moe->experts_per_token, 3);
+  EXPECT_EQ(lite.moe->expert_ffn, 24);
+  EXPECT_EQ(lite.moe->shared_ffn, 48);
+  EXPECT_EQ(lite.moe->scoring, MoeConfig::Scoring::kSoftmax);
+  EXPECT_EQ(lite.moe->num_groups, 1);
+  EXPECT_FALSE(lite.moe->norm_topk || lite.moe->correction_bias || lite.moe->shared_gate);
+  EXPECT_TRUE(lite.moe->router_f32);
+  EXPECT_EQ(lite.moe_layers, (std::vector<bool>{false, true, true}));
+  EXPECT_TRUE(!lite.IsMoe(0) && lite.IsMoe(1));
+  EXPECT_FALSE(ParseModelConfig(With(Golden("deepseek_v2_lite"), "norm_topk_prob", true)).moe->norm_topk);
+
+  const ModelConfig full = ParseModelConfig(Golden("deepseek_v2_full"));
+  EXPECT_EQ(full.moe->num_groups, 4);
+  EXPECT_EQ(full.moe->groups_per_token, 2);
+  EXPECT_EQ(full.moe->group_score, MoeConfig::GroupScore::kMax);
+  EXPECT_EQ(full.moe->routed_scaling, 4.0);
+  // Without group_limited_greedy the groups mean nothing.
+  EXPECT_EQ(ParseModelConfig(With(Golden("deepseek_v2_full"), "topk_method", "greedy")).moe->num_groups, 1);
+
+  const ModelConfig v3 = ParseModelConfig(Golden("deepseek_v3"));
+  EXPECT_EQ(v3.moe->scoring, MoeConfig::Scoring::kSigmoid);
+  EXPECT_EQ(v3.moe->group_score, MoeConfig::GroupScore::kTop2Sum);
+  EXPECT_EQ(v3.moe->num_groups, 4);
+  EXPECT_EQ(v3.moe->groups_per_token, 2);
+  EXPECT_EQ(v3.moe->routed_scaling, 2.5);
+  EXPECT_EQ(v3.moe->shared_ffn, 32);
+  EXPECT_TRUE(v3.moe->norm_topk && v3.moe->correction_bias && v3.moe->router_f32);
+  EXPECT_EQ(ParseModelConfig(With(Golden("deepseek_v3"), "moe_layer_freq", 2)).moe_layers,
+            (std::vector<bool>{false, false, true}));
+  // Multi-token prediction layers are no part of the model.
+  EXPECT_EQ(ParseModelConfig(With(Golden("deepseek_v3"), "num_nextn_predict_layers", 1)).num_layers, 3);
+
+  const ModelConfig qwen3 = ParseModelConfig(Golden("qwen3_moe"));
+  EXPECT_EQ(qwen3.moe->num_experts, 8);
+  EXPECT_EQ(qwen3.moe->experts_per_token, 2);
+  EXPECT_EQ(qwen3.moe->expert_ffn, 48);
+  EXPECT_EQ(qwen3.moe->shared_ffn, 0);
+  EXPECT_EQ(qwen3.moe->scoring, MoeConfig::Scoring::kSoftmax);
+  EXPECT_TRUE(qwen3.moe->norm_topk && qwen3.qk_norm);
+  EXPECT_FALSE(qwen3.moe->router_f32 || qwen3.mla || qwen3.rope_interleaved);
+  EXPECT_EQ(qwen3.moe_layers, (std::vector<bool>{true, false, true}));
+  EXPECT_FALSE(ParseModelConfig(With(Golden("qwen3_moe"), "decoder_sparse_step", 2)).moe);  // layer 1 alone, but dense
+  EXPECT_EQ(ParseModelConfig(With(With(Golden("qwen3_moe"), "decoder_sparse_step", 3), "mlp_only_layers", nullptr))
+                .moe_layers,
+            (std::vector<bool>{false, false, true}));
+  EXPECT_FALSE(ParseModelConfig(Without(Golden("qwen3_moe"), "norm_topk_prob")).moe->norm_topk);
+
+  Json qwen2 = With(Golden("qwen3_moe"), "architectures", {"Qwen2MoeForCausalLM"});
+  qwen2["shared_expert_intermediate_size"] = 80;
+  const ModelConfig shared = ParseModelConfig(qwen2);
+  EXPECT_EQ(shared.model_type, "qwen2_moe");
+  EXPECT_EQ(shared.moe->shared_ffn, 80);
+  EXPECT_TRUE(shared.moe->shared_gate && shared.qkv_bias);
+  EXPECT_FALSE(shared.qk_norm || shared.o_bias);
+}
+
+TEST(ModelConfig, RefusesWrongExpertsAndLatents) {
+  const auto error = [](const Json& config) { return ErrorOf([&] { ParseModelConfig(config); }); };
+  const auto expect = [&](const char* base, const char* key, const Json& value, const std::string& rule) {
+    const std::string text = error(With(Golden(base), key, value));
+    EXPECT_TRUE(Mentions(text, key));
+    EXPECT_TRUE(Mentions(text, rule)) << key << " = " << value;
+  };
+  for (const char* name : {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                           "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group"}) {
+    EXPECT_TRUE(Mentions(error(Without(Golden("deepseek_v3"), name)), fmt::format("{} is missing", name)));
+  }
+  EXPECT_TRUE(Mentions(error(Without(Golden("qwen3_moe"), "num_experts")), "num_experts is missing"));
+  expect("deepseek_v3", "qk_rope_head_dim", 15, "even");
+  expect("deepseek_v3", "q_lora_rank", -1, "from 0");
+  expect("deepseek_v3", "n_group", 3, "must divide n_routed_experts = 16");
+  expect("deepseek_v3", "n_group", 16, "less than 2 experts");
+  expect("deepseek_v3", "topk_group", 5, "from 1 to 4");
+  expect("deepseek_v3", "num_experts_per_tok", 9, "at most 8");
+  expect("deepseek_v3", "num_experts_per_tok", 17, "from 1 to 16");
+  expect("deepseek_v3", "topk_method", "greedy", "noaux_tc is");
+  expect("deepseek_v3", "scoring_func", "softmax", "sigmoid is");
+  expect("deepseek_v2_full", "topk_method", "noaux_tc", "group_limited_greedy are");
+  expect("deepseek_v2_full", "scoring_func", "sigmoid", "softmax is");
+  expect("deepseek_v2_lite", "moe_layer_freq", 0, "from 1");
+  expect("qwen3_moe", "mlp_only_layers", 1, "list");
+  expect("qwen3_moe", "mlp_only_layers", {"1"}, "integer");
+  expect("qwen3_moe", "decoder_sparse_step", 0, "from 1");
+  EXPECT_TRUE(Mentions(error(With(Golden("qwen3_moe"), "architectures", {"Qwen2MoeForCausalLM"})),
+                       "shared_expert_intermediate_size is missing"));
+}
+
+TEST(ModelConfig, Fp8Blocks) {
+  const auto with = [](const Json& quantization) {
+    return With(Golden("deepseek_v3"), "quantization_config", quantization);
+  };
+  const Json published = {
+      {"activation_scheme", "dynamic"}, {"fmt", "e4m3"}, {"quant_method", "fp8"}, {"weight_block_size", {128, 64}}};
+  const ModelConfig c = ParseModelConfig(with(published));
+  ASSERT_TRUE(c.fp8_blocks);
+  EXPECT_EQ(c.fp8_blocks->rows, 128);
+  EXPECT_EQ(c.fp8_blocks->cols, 64);
+  EXPECT_FALSE(ParseModelConfig(Golden("deepseek_v3")).fp8_blocks);
+  const auto error = [&](const Json& quantization) { return ErrorOf([&] { ParseModelConfig(with(quantization)); }); };
+  EXPECT_TRUE(Mentions(error({{"quant_method", "awq"}}), "quantization_config.quant_method = \"awq\""));
+  EXPECT_TRUE(Mentions(error({{"quant_method", "compressed-tensors"}}), "compressed-tensors"));
+  EXPECT_TRUE(Mentions(error({{"bits", 4}}), "quantization_config = {\"bits\":4}"));
+  EXPECT_TRUE(Mentions(error("fp8"), "must be an object"));
+  EXPECT_TRUE(Mentions(error(Without(published, "weight_block_size")), "weight_block_size is missing"));
+  EXPECT_TRUE(Mentions(error(With(published, "weight_block_size", {128})), "two numbers"));
+  EXPECT_TRUE(Mentions(error(With(published, "weight_block_size", {0, 128})), "from 1"));
+  EXPECT_TRUE(Mentions(error(With(published, "fmt", "e5m2")), "e4m3 is"));
+}
+
 TEST(ModelConfig, Defaults) {
   Json llama = Golden("llama_bias");
   for (const char* name : {"num_key_value_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act",

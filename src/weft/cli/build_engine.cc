@@ -28,18 +28,6 @@ ContextExchange ExchangeOf(const std::string& name) {
   return name == "gather-q" ? ContextExchange::kGatherQ : ContextExchange::kGatherKv;
 }
 
-// 0 for "auto", as ExecutorOptions has it.
-int64_t PcpMinTokens(const std::string& text) {
-  if (text == "auto") return 0;
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 1) {
-    throw Error(fmt::format("--pcp-min-tokens = {}: must be auto or a number of at least 1", text),
-                ErrorKind::kInvalidArgument, "--pcp-min-tokens");
-  }
-  return value;
-}
-
 json ReadGenerationConfig(const std::string& folder, bool must_exist) {
   const std::filesystem::path path = std::filesystem::path(folder) / "generation_config.json";
   std::ifstream file(path);
@@ -75,6 +63,28 @@ int64_t CheckedMaxLen(const EngineArgs& args, int64_t model_max) {
 }
 
 }  // namespace
+
+cp::ParallelConfig ParallelConfigOf(const EngineArgs& args) {
+  return {
+      .prefill_context_parallel = args.prefill_context_parallel,
+      .decode_context_parallel = args.decode_context_parallel,
+      .tensor_parallel = args.tensor_parallel,
+      .kv_interleave = args.kv_interleave,
+      .block_tokens = args.block_size,
+      .pcp_kv_layout = args.pcp_kv_layout == "replicated" ? cp::PcpKvLayout::kReplicated : cp::PcpKvLayout::kSharded};
+}
+
+int64_t PcpMinTokensOf(const EngineArgs& args) {
+  const std::string& text = args.pcp_min_tokens;
+  if (text == "auto") return 0;
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 1) {
+    throw Error(fmt::format("--pcp-min-tokens = {}: must be auto or a number of at least 1", text),
+                ErrorKind::kInvalidArgument, "--pcp-min-tokens");
+  }
+  return value;
+}
 
 SamplingDefaults ParseGenerationConfig(const json& config) {
   SamplingDefaults defaults;
@@ -124,13 +134,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   std::shared_ptr<const Checkpoint> checkpoint = OpenCheckpoint(built.path, args.hf_overrides);
   built.config = checkpoint->config();
   built.sampling = LoadSamplingDefaults(args, built.path);
-  built.parallel = {
-      .prefill_context_parallel = args.prefill_context_parallel,
-      .decode_context_parallel = args.decode_context_parallel,
-      .tensor_parallel = args.tensor_parallel,
-      .kv_interleave = args.kv_interleave,
-      .block_tokens = args.block_size,
-      .pcp_kv_layout = args.pcp_kv_layout == "replicated" ? cp::PcpKvLayout::kReplicated : cp::PcpKvLayout::kSharded};
+  built.parallel = ParallelConfigOf(args);
   cp::Validate(built.parallel, {.heads = static_cast<int32_t>(built.config.num_heads),
                                 .kv_heads = static_cast<int32_t>(built.config.num_kv_heads)});
 
@@ -195,7 +199,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
                                       .num_blocks = size.num_blocks,
                                       .max_model_len = size.max_model_len,
                                       .exchange = ExchangeOf(args.context_exchange),
-                                      .pcp_min_tokens = PcpMinTokens(args.pcp_min_tokens),
+                                      .pcp_min_tokens = PcpMinTokensOf(args),
                                       .seed = static_cast<uint64_t>(args.seed),
                                       .progress = options.progress},
                                      std::move(checkpoint));

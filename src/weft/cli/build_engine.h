@@ -29,6 +29,11 @@ struct BuildOptions {
   int64_t max_num_queued_reqs = 0;
 };
 
+// What the options say; nothing is checked against a model yet.
+cp::ParallelConfig ParallelConfigOf(const EngineArgs& args);
+// --pcp-min-tokens, 0 for auto. Throws weft::Error.
+int64_t PcpMinTokensOf(const EngineArgs& args);
+
 // Throws weft::Error.
 BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options = {});
 

@@ -1,5 +1,6 @@
 #include "weft/cli/commands.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 
@@ -14,6 +15,7 @@ const std::vector<NamedCommand>& Commands() {
       {"generate", "Complete prompts and print the result", MakeGenerate},
       {"chat", "Talk to a model in the terminal", MakeChat},
       {"inspect", "Show what a model's files hold", MakeInspect},
+      {"inspect layout", "Show which rank holds and computes which tokens of a prompt", MakeInspectLayout},
   };
   return commands;
 }
@@ -40,7 +42,7 @@ namespace {
 
 std::string Usage() {
   std::string text = "Usage: weft COMMAND ...\n\nCommands:\n";
-  for (const NamedCommand& command : Commands()) text += fmt::format("  {:10}{}\n", command.name, command.about);
+  for (const NamedCommand& command : Commands()) text += fmt::format("  {:16}{}\n", command.name, command.about);
   return text + "\n  weft COMMAND --help      the options of a command\n  weft --version\n";
 }
 
@@ -61,10 +63,15 @@ int Dispatch(const std::vector<std::string>& args) {
     std::cout << OptionsPage();
     return 0;
   }
-  for (const NamedCommand& named : Commands()) {
-    if (args[0] != named.name) continue;
-    const std::unique_ptr<Command> command = named.make();
-    switch (command->options().Parse({args.begin() + 1, args.end()})) {
+  // A name of two words goes before the argument of the one-word command.
+  const std::string two = args.size() > 1 ? args[0] + " " + args[1] : "";
+  const auto& commands = Commands();
+  auto named = std::ranges::find(commands, two, &NamedCommand::name);
+  const ptrdiff_t words = named == commands.end() ? 1 : 2;
+  if (words == 1) named = std::ranges::find(commands, args[0], &NamedCommand::name);
+  if (named != commands.end()) {
+    const std::unique_ptr<Command> command = named->make();
+    switch (command->options().Parse({args.begin() + words, args.end()})) {
       case OptionSet::Action::kHelp:
         std::cout << command->options().Help();
         return 0;
@@ -76,7 +83,7 @@ int Dispatch(const std::vector<std::string>& args) {
     }
   }
   std::vector<std::string> names;
-  for (const NamedCommand& named : Commands()) names.emplace_back(named.name);
+  for (const NamedCommand& command : Commands()) names.emplace_back(command.name);
   Throw("unknown command '{}'; there are {}", args[0], fmt::join(names, ", "));
 }
 

@@ -24,10 +24,11 @@ std::unique_ptr<Command> MakeServe();
 std::unique_ptr<Command> MakeGenerate();
 std::unique_ptr<Command> MakeChat();
 std::unique_ptr<Command> MakeInspect();
+std::unique_ptr<Command> MakeInspectLayout();
 
 struct NamedCommand {
-  const char* name;
-  const char* about;
+  std::string name;  // of one word or two: "inspect layout"
+  std::string about;
   std::unique_ptr<Command> (*make)();
 };
 const std::vector<NamedCommand>& Commands();

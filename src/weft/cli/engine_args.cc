@@ -2,6 +2,36 @@
 
 namespace weft::cli {
 
+void DeclareLayoutOptions(OptionSet& options, EngineArgs& a) {
+  options.Add("tensor-parallel-size", &a.tensor_parallel, "Ranks over which heads and matrices are split.")
+      .Alias("-tp")
+      .Range(1, 1024);
+  options
+      .Add("prefill-context-parallel-size", &a.prefill_context_parallel,
+           "Ranks over which the tokens of a prompt are split.")
+      .Alias("-pcp")
+      .Range(1, 1024);
+  options
+      .Add(
+          "decode-context-parallel-size", &a.decode_context_parallel,
+          "Ranks over which the KV cache is split that would otherwise hold copies; divides the TP ranks of a KV head.")
+      .Alias("-dcp")
+      .Range(1, 1024);
+  options
+      .Add("cp-kv-cache-interleave-size", &a.kv_interleave,
+           "Consecutive tokens that go to one shard of the KV cache; divides --block-size.")
+      .Range(1);
+  options
+      .Add(
+          "pcp-kv-layout", &a.pcp_kv_layout,
+          "`sharded`: the KV cache is spread over the PCP ranks, too, for the most room; `replicated`: PCP divides the "
+          "computation only, and every PCP rank holds a request's whole KV.")
+      .Choices({"sharded", "replicated"});
+  options.Add(
+      "pcp-min-tokens", &a.pcp_min_tokens,
+      "Prompts of fewer new tokens are not cut over the PCP ranks but run whole on one of them: `auto` or a number.");
+}
+
 void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
   EngineArgs::Foreign& f = a.foreign;
   options.Group("Model");
@@ -43,33 +73,7 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
       .Unused("no code of a model is ever run");
 
   options.Group("Parallelism");
-  options.Add("tensor-parallel-size", &a.tensor_parallel, "Ranks over which heads and matrices are split.")
-      .Alias("-tp")
-      .Range(1, 1024);
-  options
-      .Add("prefill-context-parallel-size", &a.prefill_context_parallel,
-           "Ranks over which the tokens of a prompt are split.")
-      .Alias("-pcp")
-      .Range(1, 1024);
-  options
-      .Add(
-          "decode-context-parallel-size", &a.decode_context_parallel,
-          "Ranks over which the KV cache is split that would otherwise hold copies; divides the TP ranks of a KV head.")
-      .Alias("-dcp")
-      .Range(1, 1024);
-  options
-      .Add("cp-kv-cache-interleave-size", &a.kv_interleave,
-           "Consecutive tokens that go to one shard of the KV cache; divides --block-size.")
-      .Range(1);
-  options
-      .Add(
-          "pcp-kv-layout", &a.pcp_kv_layout,
-          "`sharded`: the KV cache is spread over the PCP ranks, too, for the most room; `replicated`: PCP divides the "
-          "computation only, and every PCP rank holds a request's whole KV.")
-      .Choices({"sharded", "replicated"});
-  options.Add(
-      "pcp-min-tokens", &a.pcp_min_tokens,
-      "Prompts of fewer new tokens are not cut over the PCP ranks but run whole on one of them: `auto` or a number.");
+  DeclareLayoutOptions(options, a);
   options
       .Add("cp-context-exchange", &a.context_exchange,
            "How a query meets the keys of other ranks: `gather-q` sends the query to them, `gather-kv` brings the keys "

@@ -71,6 +71,8 @@ struct EngineArgs {
   } foreign;
 };
 
+// Of them, those that say how a prompt and its KV cache are laid out over the ranks (not --block-size).
+void DeclareLayoutOptions(OptionSet& options, EngineArgs& args);
 void DeclareEngineOptions(OptionSet& options, EngineArgs& args);
 
 }  // namespace weft::cli

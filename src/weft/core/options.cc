@@ -500,7 +500,7 @@ OptionSet::Action OptionSet::Parse(const std::vector<std::string>& args) {
     loose.erase(loose.begin());
   }
   if (!loose.empty()) throw Error(fmt::format("unexpected argument '{}'", loose.front()));
-  if (argument_ != nullptr && argument_->empty()) {
+  if (argument_ != nullptr && argument_->empty() && !positional_.starts_with('[')) {
     throw Error(fmt::format("{}: {} is missing{}", command_, positional_,
                             greedy.empty() ? ""
                                            : fmt::format(" ({} takes all words up to the next option: write {} first)",
@@ -531,6 +531,7 @@ void OptionSet::ReadYaml(const std::string& path) {
     const std::string name = Normalise(key);
     const YAML::Node& value = entry.second;
     std::string lower(positional_);
+    std::erase_if(lower, [](char c) { return c == '[' || c == ']'; });
     std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
     if (argument_ != nullptr && name == lower && value.IsScalar()) {
       *argument_ = value.Scalar();

@@ -95,7 +95,8 @@ class Option {
 // The options of one command.
 class OptionSet {
  public:
-  // `command`: "weft serve". `positional`: the name of its one argument ("MODEL"), empty for none.
+  // `command`: "weft serve". `positional`: the name of its one argument: "MODEL", "[MODEL]" where it may be left
+  // out, empty for none.
   OptionSet(std::string command, std::string about, std::string positional = {}, std::string* argument = nullptr);
 
   // Options declared from here on belong to this group of the help.

@@ -122,8 +122,9 @@ class MixRun {
       const auto shared = static_cast<std::ptrdiff_t>(r.shared * static_cast<double>(parent.size()));
       live.prompt.assign(parent.begin(), parent.begin() + shared);
     }
+    // By position: two requests may have the same block of tokens behind different ones.
     for (int64_t i = 0; i < r.own; ++i) {
-      const double u = UniformAt(r.seed, static_cast<uint64_t>(i));
+      const double u = UniformAt(r.seed, live.prompt.size());
       live.prompt.push_back(static_cast<int32_t>(u * static_cast<double>(kind_.config.vocab_size)));
     }
     live.tokens = live.prompt;
@@ -242,7 +243,8 @@ rc::Gen<MixRequest> GenRequest() {
         r.own = *rc::gen::weightedOneOf<int64_t>({{3, rc::gen::inRange<int64_t>(1, 8)},
                                                   {5, rc::gen::inRange<int64_t>(1, 60)},
                                                   {3, rc::gen::inRange<int64_t>(30, 300)}});
-        r.seed = *rc::gen::inRange<uint64_t>(0, 1000);
+        r.seed = *rc::gen::weightedOneOf<uint64_t>(
+            {{1, rc::gen::inRange<uint64_t>(0, 3)}, {1, rc::gen::inRange<uint64_t>(0, 1000)}});
         r.max_tokens = *rc::gen::weightedOneOf<int>(
             {{1, rc::gen::just(1)}, {3, rc::gen::inRange(2, 25)}, {1, rc::gen::inRange(20, 60)}});
         r.priority = *rc::gen::weightedElement<int>({{4, 0}, {1, 1}, {1, -1}});

@@ -1,5 +1,5 @@
 #pragma once
-// Runs steps on ranks that are threads of this process.
+// Runs steps on ranks: threads of this process, or (mpi_executor.h) of several.
 
 #include <cstdint>
 #include <functional>
@@ -33,7 +33,12 @@ struct ExecutorOptions {
   bool stream = false;  // exchange in messages what could be read in place (tests)
   uint64_t seed = 0;
   bool progress = true;  // show how the weights are loaded
+  // Several processes: a step that takes longer than so many seconds has failed, and so have all processes.
+  double step_timeout_s = 600;
 };
+
+// Throws weft::Error, naming flag, value and rule, where this model cannot be laid out so.
+void ValidateLayout(const cp::ParallelConfig& parallel, const ModelConfig& config);
 
 // Bytes of KV cache, over all ranks, that one virtual block takes.
 int64_t VirtualBlockBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype);

@@ -3,8 +3,10 @@
 // same plan goes to every rank, which derives its own part from it with the functions of cp/.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "weft/api/request.h"
@@ -77,7 +79,7 @@ struct StepOutput {
   std::vector<RowOutput> rows;
 };
 
-// Runs steps on all ranks. Implemented over threads (and later MPI) by runner/; faked in scheduler and engine tests.
+// Runs steps on all ranks. Implemented over threads and over processes by runner/; faked in scheduler and engine tests.
 class StepExecutor {
  public:
   virtual ~StepExecutor() = default;
@@ -85,6 +87,9 @@ class StepExecutor {
   virtual StepOutput Execute(const StepPlan& plan) = 0;
   // Virtual blocks in each rank's KV cache.
   virtual int64_t num_blocks() const = 0;
+  // Called once, from a thread of the executor, when it finds out between steps that it is dead: with the reason. After
+  // this has returned, an earlier listener is not called any more.
+  virtual void SetFailureListener(std::function<void(const std::string& why)>) {}
 };
 
 }  // namespace weft

@@ -1,0 +1,208 @@
+#include "weft/runner/rank_host.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "weft/core/error.h"
+#include "weft/core/log.h"
+#include "weft/model/progress.h"
+#include "weft/runner/step_costs.h"
+
+namespace weft {
+namespace {
+
+KvCacheShape ShapeOf(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype, int64_t blocks) {
+  if (config.mla) {
+    // One row [latent, k_rope] a token, the same on all TP ranks; values are read out of it.
+    return {.dtype = kv_dtype,
+            .layers = config.num_layers,
+            .blocks = blocks,
+            .block_tokens = parallel.block_tokens,
+            .kv_heads = 1,
+            .k_dim = config.mla->kv_lora_rank + config.mla->qk_rope_head_dim,
+            .v_dim = 0};
+  }
+  return {.dtype = kv_dtype,
+          .layers = config.num_layers,
+          .blocks = blocks,
+          .block_tokens = parallel.block_tokens,
+          .kv_heads = std::max<int64_t>(1, config.num_kv_heads / parallel.tensor_parallel),
+          .k_dim = config.head_dim,
+          .v_dim = config.head_dim};
+}
+
+// Ranks of the world that have their groups here.
+std::vector<int> RanksHere(const std::vector<RankGroups>& groups) {
+  std::vector<int> here;
+  for (size_t rank = 0; rank < groups.size(); ++rank) {
+    if (groups[rank].world != nullptr) here.push_back(static_cast<int>(rank));
+  }
+  return here;
+}
+
+}  // namespace
+
+RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
+                   std::vector<RankGroups> groups, std::vector<int> cpus,
+                   std::function<void(const std::string&)> on_failure)
+    : options_(options),
+      config_(checkpoint->config()),
+      kernels_(KernelsByName(options.kernels)),
+      groups_(std::move(groups)),
+      here_(RanksHere(groups_)),
+      batch_options_{.parallel = options.parallel,
+                     .costs = QueryCostsOf(config_, options.pcp_min_tokens),
+                     .exchange = options.exchange,
+                     .mla = config_.mla.has_value(),
+                     .solo_max_tokens = options.solo_max_tokens},
+      table_(options.seed),
+      num_blocks_(options.num_blocks),
+      on_failure_(std::move(on_failure)) {
+  const cp::ParallelConfig& parallel = options.parallel;
+  WEFT_CHECK(parallel.data_parallel == 1, "one executor is one replica");
+  WEFT_CHECK(!here_.empty());
+  // One rank works for its PCP group where it can write to all of its caches and has all experts.
+  if (options.stream || parallel.expert_parallel || here_.size() < groups_.size()) batch_options_.solo_max_tokens = 0;
+  if (num_blocks_ == 0) {
+    const int64_t block_bytes = VirtualBlockBytes(config_, parallel, options.kv_dtype);
+    num_blocks_ = options.kv_cache_bytes / block_bytes;
+    if (num_blocks_ < 1) {
+      Throw("--kv-cache-memory {}: one block of KV cache over all ranks takes {} bytes", options.kv_cache_bytes,
+            block_bytes);
+    }
+  }
+  WEFT_CHECK(num_blocks_ >= 1 && num_blocks_ <= INT32_MAX);
+
+  const int count = static_cast<int>(here_.size());
+  threads_per_rank_ =
+      options.threads_per_rank > 0 ? options.threads_per_rank : std::max(1, static_cast<int>(cpus.size()) / count);
+  LoadAllWeights(*checkpoint, std::max<int>(1, static_cast<int>(cpus.size())));
+  const int64_t positions = options.max_model_len > 0 ? options.max_model_len : config_.max_position_embeddings;
+  rope_ = std::make_shared<RopeCache>(config_.rope, config_.rotary_dim, positions);
+
+  ranks_.resize(here_.size());
+  threads_ = std::make_unique<RankThreads>(count, [this] { AbortAll(groups_); });
+  // On its own thread, so that a rank's memory is touched first, and its pool pinned, where it runs.
+  // Pinned where they are as many as the CPUs that this process may use; with fewer, another process's ranks would be
+  // pinned to the same first CPUs.
+  fits_ = static_cast<size_t>(count * threads_per_rank_) <= cpus.size();
+  const bool pin = static_cast<size_t>(count * threads_per_rank_) == cpus.size();
+  RunOnAll([&](int index) { MakeRank(index, pin ? cpus : std::vector<int>{}); });
+  const auto world = static_cast<int>(groups_.size());
+  spdlog::info("{}{} rank{} x {} thread{}{}, kernels {} ({}), {} virtual blocks of {} tokens",
+               count < world ? fmt::format("{} of ", count) : "", world, world == 1 ? "" : "s", threads_per_rank_,
+               threads_per_rank_ == 1 ? "" : "s", pin ? ", pinned" : "", kernels_.name, kernels_.target, num_blocks_,
+               parallel.block_tokens * parallel.KvShards());
+}
+
+RankHost::~RankHost() {
+  // Ranks are torn down where they were made.
+  if (threads_) threads_->RunOnAll([this](int index) { ranks_[static_cast<size_t>(index)].reset(); });
+}
+
+void RankHost::RunOnAll(FunctionRef<void(int)> f) {
+  threads_->RunOnAll([&](int index) {
+    try {
+      f(index);
+    } catch (const std::exception& e) {
+      if (on_failure_) on_failure_(e.what());
+      throw;
+    }
+  });
+}
+
+std::vector<std::vector<RowOutput>> RankHost::Step(const StepPlan& plan) {
+  table_.Apply(plan);
+  std::vector<std::vector<RowOutput>> outputs(ranks_.size());
+  if (plan.requests.empty()) return outputs;
+  const bool solo = IsSolo(plan, batch_options_);
+  RunOnAll([&](int index) {
+    if (solo && GroupsOf(index).coord.pcp != 0) return;
+    outputs[static_cast<size_t>(index)] = ranks_[static_cast<size_t>(index)]->runner->Step(plan, table_);
+  });
+  return outputs;
+}
+
+void RankHost::LoadAllWeights(const Checkpoint& checkpoint, int threads) {
+  ThreadPool pool(threads);
+  int64_t elements = 0;
+  for (const ModelTensor& tensor : ModelTensors(config_)) elements += tensor.elements();
+  LoadProgress::Options show;
+  if (!options_.progress) show.mode = LoadProgress::Mode::kOff;
+  LoadProgress progress("Loading weights", elements * static_cast<int64_t>(SizeOf(options_.dtype)), show);
+  const auto count = [&](int64_t bytes) { progress.Add(bytes); };
+  const int tp = options_.parallel.tensor_parallel;
+  const int world = options_.parallel.WorldSize();
+  const bool whole = options_.parallel.expert_parallel;
+  weights_.resize(static_cast<size_t>(tp));
+  if (config_.moe) experts_.resize(static_cast<size_t>(whole ? world : tp));
+  for (const int rank : here_) {
+    const int i = groups_[static_cast<size_t>(rank)].coord.tp;
+    auto& weights = weights_[static_cast<size_t>(i)];
+    if (weights == nullptr) weights = LoadWeights(checkpoint, tp, i, options_.dtype, kernels_, pool, count);
+  }
+  if (config_.moe) {
+    const int64_t experts = config_.moe->num_experts;
+    for (const int rank : here_) {
+      const int i = whole ? rank : groups_[static_cast<size_t>(rank)].coord.tp;
+      auto& held = experts_[static_cast<size_t>(i)];
+      if (held != nullptr) continue;
+      const ExpertSlice slice = whole ? ExpertSlice{.experts = SplitRange(experts, world, i)}
+                                      : ExpertSlice{.experts = {0, experts}, .tp_size = tp, .tp = i};
+      held = LoadExperts(checkpoint, slice, options_.dtype, kernels_, pool, count);
+    }
+  }
+  progress.Finish();
+}
+
+std::vector<int> RankHost::CpusOf(const std::vector<int>& cpus, int index) const {
+  if (cpus.empty()) return {};
+  const auto first = cpus.begin() + index * threads_per_rank_;
+  return {first, first + threads_per_rank_};
+}
+
+void RankHost::MakeRank(int index, const std::vector<int>& cpus) {
+  auto rank = std::make_unique<Rank>();
+  RankGroups& groups = GroupsOf(index);
+  rank->pool = std::make_unique<ThreadPool>(threads_per_rank_, CpusOf(cpus, index));
+  if (batch_options_.solo_max_tokens > 0 && groups.coord.pcp == 0 && groups.pcp->size() > 1) {
+    // On the same CPUs as the pools of the PCP group, which sleep while this one works.
+    std::vector<int> joint;
+    for (int pcp = 0; pcp < groups.pcp->size(); ++pcp) {
+      const std::vector<int> part = CpusOf(cpus, index + pcp * options_.parallel.tensor_parallel);
+      joint.insert(joint.end(), part.begin(), part.end());
+    }
+    const int threads = fits_ ? groups.pcp->size() * threads_per_rank_ : 1;
+    rank->joint_pool = std::make_unique<ThreadPool>(threads, joint);
+  }
+  rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
+  rank->runner = std::make_unique<ModelRunner>(
+      Transformer::Options{
+          .config = &config_,
+          .weights = weights_[static_cast<size_t>(groups.coord.tp)],
+          .experts = ExpertsOf(groups.coord),
+          .rope = rope_,
+          .cache = rank->cache.get(),
+          .parallel = options_.parallel,
+          .coord = groups.coord,
+          .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get(), groups.world.get()},
+          .expert_parallel = options_.parallel.expert_parallel,
+          .kernels = &kernels_,
+          .pool = rank->pool.get(),
+          .joint_pool = rank->joint_pool.get(),
+          .context_segment_tokens = options_.context_segment_tokens,
+          .stream = options_.stream},
+      batch_options_);
+  ranks_[static_cast<size_t>(index)] = std::move(rank);
+}
+
+std::shared_ptr<const ExpertWeights> RankHost::ExpertsOf(const cp::RankCoord& coord) const {
+  if (experts_.empty()) return nullptr;
+  return experts_[static_cast<size_t>(options_.parallel.expert_parallel ? coord.rank : coord.tp)];
+}
+
+int64_t VirtualBlockBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype) {
+  return ShapeOf(config, parallel, kv_dtype, 1).block_bytes() * parallel.WorldSize() / parallel.data_parallel;
+}
+
+}  // namespace weft

@@ -1,0 +1,73 @@
+#pragma once
+// The ranks that live in this process: their threads, weights and KV caches, and what they know of the requests.
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "weft/core/thread_pool.h"
+#include "weft/kernels/table.h"
+#include "weft/model/transformer.h"
+#include "weft/parallel/groups.h"
+#include "weft/parallel/rank_threads.h"
+#include "weft/runner/executor.h"
+#include "weft/runner/model_runner.h"
+#include "weft/runner/request_table.h"
+
+namespace weft {
+
+class RankHost {
+ public:
+  // `groups`: element i for rank i of the world; the ranks that have groups live here. `cpus` are those that this
+  // process may use for itself. `on_failure` is told what a rank threw, before its groups are aborted. Loads the
+  // weights that these ranks need. Collective over the world. Throws weft::Error: an illegal layout, a missing tensor,
+  // too little memory for a single block.
+  RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint, std::vector<RankGroups> groups,
+           std::vector<int> cpus, std::function<void(const std::string&)> on_failure = {});
+  ~RankHost();
+  RankHost(const RankHost&) = delete;
+  RankHost& operator=(const RankHost&) = delete;
+
+  // The step of all ranks that live here; what each found out. Collective over the world. Throws what the first rank
+  // that failed threw: the groups are aborted then.
+  std::vector<std::vector<RowOutput>> Step(const StepPlan& plan);
+
+  int64_t num_blocks() const { return num_blocks_; }
+
+ private:
+  struct Rank {
+    std::unique_ptr<ThreadPool> joint_pool;
+    std::unique_ptr<ThreadPool> pool;
+    std::unique_ptr<KvCache> cache;
+    std::unique_ptr<ModelRunner> runner;
+  };
+
+  // Runs f(index) for each rank on its thread.
+  void RunOnAll(FunctionRef<void(int index)> f);
+  void LoadAllWeights(const Checkpoint& checkpoint, int threads);
+  // The CPUs of a rank's threads; none where there are not enough to pin. `index` is a rank's place in this process.
+  std::vector<int> CpusOf(const std::vector<int>& cpus, int index) const;
+  void MakeRank(int index, const std::vector<int>& cpus);
+  std::shared_ptr<const ExpertWeights> ExpertsOf(const cp::RankCoord& coord) const;
+  RankGroups& GroupsOf(int index) { return groups_[static_cast<size_t>(here_[static_cast<size_t>(index)])]; }
+
+  ExecutorOptions options_;
+  ModelConfig config_;
+  const KernelTable& kernels_;
+  std::vector<RankGroups> groups_;  // by rank of the world
+  std::vector<int> here_;           // the ranks that live here, ascending; an index into this is what follows
+  BatchOptions batch_options_;
+  RequestTable table_;
+  int64_t num_blocks_;
+  int threads_per_rank_ = 1;
+  bool fits_ = false;                                          // every rank's threads can have CPUs of their own
+  std::vector<std::shared_ptr<const ModelWeights>> weights_;   // by TP index; null where no rank here needs it
+  std::vector<std::shared_ptr<const ExpertWeights>> experts_;  // by rank with expert parallelism, else by TP index
+  std::shared_ptr<const RopeCache> rope_;
+  std::function<void(const std::string&)> on_failure_;
+  std::vector<std::unique_ptr<Rank>> ranks_;
+  std::unique_ptr<RankThreads> threads_;
+};
+
+}  // namespace weft

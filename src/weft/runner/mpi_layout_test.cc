@@ -1,0 +1,155 @@
+// Ranks in several processes give what one rank gives. Run by mpirun: process 0 drives the requests and compares, the
+// others follow; every process runs all tests, in the same order, and draws the same layouts.
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <thread>
+
+#include "weft/core/log.h"
+#include "weft/runner/layout_oracle.h"
+#include "weft/runner/mpi_executor.h"
+
+namespace weft {
+namespace {
+
+using testing::Choices;
+using testing::DriveOptions;
+using testing::Oracle;
+using testing::SmallModel;
+
+std::shared_ptr<Processes> everybody;  // for what the processes of the test have to agree on
+
+// More than any of the tests uses.
+constexpr int64_t kTokens = 4096;
+
+uint64_t CommonSeed() {
+  const uint64_t mine = everybody->rank() == 0 ? testing::FreshSeed() : 0;
+  const auto all = everybody->AllGather(std::as_bytes(std::span(&mine, 1)));
+  uint64_t seed = 0;
+  std::memcpy(&seed, all[0].data(), sizeof(seed));
+  return seed;
+}
+
+// Runs `drive` in process 0 on ranks of all processes.
+void OnAll(const SmallModel& model, const cp::ParallelConfig& layout, const Choices& choices, uint64_t seed,
+           const std::function<void(StepExecutor&)>& drive) {
+  ExecutorOptions options = testing::OptionsOf(layout, kTokens, choices);
+  options.step_timeout_s = 60;
+  const auto checkpoint = testing::RandomCheckpoint(testing::SmallConfig(model), seed);
+  const auto processes = Processes::Join();
+  if (everybody->rank() == 0) {
+    drive(*MakeMpiExecutor(options, checkpoint, processes));
+  } else {
+    FollowSteps(options, checkpoint, processes);
+  }
+}
+
+class MpiLayouts : public ::testing::TestWithParam<SmallModel> {};
+
+TEST_P(MpiLayouts, GiveWhatOneRankGives) {
+  const uint64_t seed = CommonSeed();
+  std::mt19937_64 rng(seed);      // the same everywhere
+  std::mt19937_64 traffic(seed);  // process 0's own
+  std::optional<Oracle> oracle;
+  if (everybody->rank() == 0) {
+    oracle.emplace(GetParam(), seed, traffic);
+    for (const int64_t n : {1, 3, 17, 70, 131}) oracle->Add(n, 4);
+  }
+  auto one_of = [&](auto... values) { return std::array{values...}[rng() % sizeof...(values)]; };
+  int tried = 0;
+  for (cp::ParallelConfig layout : testing::LegalLayouts(GetParam(), 8)) {
+    // Pairs of processes, one rank each or several.
+    if (layout.WorldSize() % everybody->size() != 0) continue;
+    const Choices choices{one_of(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv),
+                          one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200}),
+                          one_of(false, true), one_of(int64_t{1}, int64_t{7}, int64_t{50}, int64_t{8192})};
+    layout.expert_parallel = GetParam().experts > 0 && one_of(false, true);
+    OnAll(GetParam(), layout, choices, seed, [&](StepExecutor& executor) {
+      SCOPED_TRACE(fmt::format("exchange {}, cut from {}, segments of {}", static_cast<int>(choices.exchange),
+                               choices.pcp_min_tokens, choices.segment_tokens));
+      oracle->Check(executor, layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05});
+      if (!HasFatalFailure()) oracle->Check(executor, layout, {});
+    });
+    ++tried;
+    // All go on, or none does.
+    const std::byte failed{static_cast<unsigned char>(HasFailure())};
+    if (everybody->AllGather(std::span(&failed, 1))[0][0] != std::byte{0}) return;
+  }
+  EXPECT_GT(tried, 8);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, MpiLayouts,
+                         ::testing::Values(SmallModel{.heads = 8, .kv_heads = 2, .qk_norm = true},
+                                           SmallModel{.heads = 8, .kv_heads = 8, .tied = true},
+                                           SmallModel{.heads = 8, .mla = true, .experts = 7}));
+
+TEST(MpiExecutor, ProcessesThatDoNotDivideTheRanksAreRefusedEverywhere) {
+  const cp::ParallelConfig layout{.tensor_parallel = 1};
+  try {
+    OnAll({}, layout, {}, 1, [](StepExecutor&) {});
+    ADD_FAILURE() << "taken";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("must divide the number of ranks, 1"), std::string::npos) << e.what();
+  }
+}
+
+TEST(MpiExecutor, DifferentOptionsAreRefusedEverywhere) {
+  Choices choices;
+  if (everybody->rank() == everybody->size() - 1) choices.segment_tokens = 77;
+  try {
+    OnAll({}, {.prefill_context_parallel = everybody->size()}, choices, 1, [](StepExecutor&) {});
+    ADD_FAILURE() << "taken";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("was started with other options"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("segment 77"), std::string::npos) << e.what();
+  }
+}
+
+// A failure in one process ends the steps of all, with its reason.
+TEST(MpiExecutor, TheReasonOfAFailureReachesProcessZero) {
+  const cp::ParallelConfig layout{.prefill_context_parallel = everybody->size(), .block_tokens = testing::kBlock};
+  const auto checkpoint = testing::RandomCheckpoint(testing::SmallConfig({}), 1);
+  const ExecutorOptions options = testing::OptionsOf(layout, kTokens);
+  const auto processes = Processes::Join();
+  std::string said;
+  try {
+    if (everybody->rank() == 0) {
+      const auto executor = MakeMpiExecutor(options, checkpoint, processes);
+      while (true) executor->Execute({});  // up to the failure
+    }
+    if (everybody->rank() > 1) FollowSteps(options, checkpoint, processes);
+    std::jthread breaking([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      processes->Fail("process 1: out of luck");
+    });
+    FollowSteps(options, checkpoint, processes);
+  } catch (const Error& e) {
+    said = e.what();
+  }
+  EXPECT_EQ(said, "process 1: out of luck");
+}
+
+}  // namespace
+}  // namespace weft
+
+int main(int argc, char** argv) {
+  weft::InitLogging("warning");
+  weft::everybody = weft::Processes::Join();
+  testing::InitGoogleTest(&argc, argv);
+  if (weft::everybody->rank() != 0) {
+    auto& listeners = testing::UnitTest::GetInstance()->listeners();
+    delete listeners.Release(listeners.default_result_printer());
+  }
+  const int failed = RUN_ALL_TESTS();
+  const std::byte mine{static_cast<unsigned char>(failed != 0)};
+  bool any = false;
+  for (const auto& one : weft::everybody->AllGather(std::span(&mine, 1))) any |= one[0] != std::byte{0};
+  if (failed != 0) std::fprintf(stderr, "process %d: tests failed\n", weft::everybody->rank());
+  weft::everybody.reset();
+  weft::Processes::Finish();
+  return any ? 1 : 0;
+}

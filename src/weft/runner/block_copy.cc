@@ -19,6 +19,7 @@ void CopyBlock(const BlockCopy& copy, const cp::KvLayout& layout, int32_t shard,
   const auto element = static_cast<int64_t>(SizeOf(shape.dtype));
   // Of [blocks, heads, block_tokens, dim]: the rows of a head lie together.
   const auto copy_head = [&](void* memory, int64_t head, int64_t dim) {
+    if (dim == 0) return;  // no values of their own (MLA)
     auto* bytes = static_cast<std::byte*>(memory);
     const int64_t head_bytes = shape.block_tokens * dim * element;
     std::memcpy(bytes + (copy.destination * shape.kv_heads + head) * head_bytes,

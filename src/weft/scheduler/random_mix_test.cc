@@ -8,6 +8,7 @@
 #include <map>
 #include <ostream>
 #include <random>
+#include <set>
 
 #include "weft/core/error.h"
 #include "weft/core/log.h"
@@ -24,12 +25,12 @@ using cp::InRange;
 constexpr double kTolerance = 1e-4;
 // Two logits this close may change places within the tolerance: logits of a random model are of the order of 1.
 constexpr double kNearTie = 1e-3;
+// One expert of several for another one of the same weight.
+constexpr double kRouterTie = 0.9;
 constexpr int64_t kMaxModelLen = 3000;
 
-ModelKind Dense(const std::string& name, const SmallModel& model) {
-  return {name,
-          SmallConfig(model),
-          {.heads = static_cast<int32_t>(model.heads), .kv_heads = static_cast<int32_t>(model.kv_heads)}};
+ModelKind Kind(const std::string& name, const SmallModel& model) {
+  return {name, SmallConfig(model), HeadsOf(model), model.experts > 0};
 }
 
 // One logits row as it came from the ranks.
@@ -99,7 +100,8 @@ class MixRun {
   }
 
  private:
-  std::unique_ptr<StepExecutor> MakeExecutor(const cp::ParallelConfig& parallel, int64_t blocks) const {
+  std::unique_ptr<StepExecutor> MakeExecutor(const cp::ParallelConfig& parallel, int64_t blocks,
+                                             bool oracle = false) const {
     ExecutorOptions options;
     options.parallel = parallel;
     options.dtype = DType::kF32;
@@ -110,6 +112,8 @@ class MixRun {
     options.exchange = mix_.exchange;
     options.pcp_min_tokens = mix_.pcp_min_tokens;
     options.solo_max_tokens = mix_.solo_max_tokens;
+    options.stream = mix_.stream;
+    if (!oracle) options.context_segment_tokens = mix_.segment_tokens;
     options.progress = false;
     return MakeThreadExecutor(options, RandomCheckpoint(kind_.config, mix_.weights));
   }
@@ -191,7 +195,7 @@ class MixRun {
     const cp::ParallelConfig one{.block_tokens = 16};
     size_t longest = 1;
     for (const Live& live : live_) longest = std::max(longest, live.tokens.size());
-    const auto alone = MakeExecutor(one, static_cast<int64_t>(longest) / one.block_tokens + 2);
+    const auto alone = MakeExecutor(one, static_cast<int64_t>(longest) / one.block_tokens + 2, true);
     std::mt19937_64 rng(1);
     for (size_t i = 0; i < live_.size(); ++i) {
       const Live& live = live_[i];
@@ -201,18 +205,25 @@ class MixRun {
       if (request.forced_output.empty()) request.forced_output.push_back(0);  // not run
       const DrivenResult expected = Drive(*alone, one, {request}, {}, rng)[0];
       std::map<int64_t, int> times;
+      std::set<int64_t> ties;
       for (const Computed& row : live.rows) {
-        const double error = RelativeError(row.logits, expected.logits.at(row.position));
-        if (!(error <= kTolerance)) {
-          return fmt::format("request {}, position {} of {} of prompt and {} of output, step {}: relative error {}", i,
-                             row.position, prompt, std::ssize(live.tokens) - prompt, row.step, error);
-        }
         counts_.recomputed += ++times[row.position] > 1;
         ++counts_.compared_logits;
+        const double error = RelativeError(row.logits, expected.logits.at(row.position));
+        if (error <= kTolerance) continue;
+        // Two experts whose scores differ by less than rounding: the other one is as right. The experts are in the last
+        // layer, so that no other position changes with it; several such in a request are something else.
+        if (kind_.routed && error < kRouterTie && ties.empty()) {
+          ties.insert(row.position);
+          ++counts_.router_ties;
+          continue;
+        }
+        return fmt::format("request {}, position {} of {} of prompt and {} of output, step {}: relative error {}", i,
+                           row.position, prompt, std::ssize(live.tokens) - prompt, row.step, error);
       }
       for (auto x = prompt; x < std::ssize(live.tokens); ++x) {
         const std::vector<float>& logits = expected.logits.at(x - 1);
-        if (TopMargin(logits) < kNearTie) continue;
+        if (TopMargin(logits) < kNearTie || ties.contains(x - 1)) continue;
         const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
         if (live.tokens[static_cast<size_t>(x)] != best) {
           return fmt::format("request {}, output {}: token {}, alone it is {}", i, x - prompt,
@@ -272,9 +283,12 @@ const char* NameOf(ContextExchange exchange) {
 
 const std::vector<ModelKind>& ModelKinds() {
   static const std::vector<ModelKind> kinds = {
-      Dense("dense, 8 heads of 2 KV heads", {.heads = 8, .kv_heads = 2, .bias = true}),
-      Dense("dense, 8 heads of 1 KV head", {.heads = 8, .kv_heads = 1, .qk_norm = true}),
-      Dense("dense, 6 heads of 3 KV heads", {.heads = 6, .kv_heads = 3, .qk_norm = true, .tied = true}),
+      Kind("dense, 8 heads of 2 KV heads", {.heads = 8, .kv_heads = 2, .bias = true}),
+      Kind("dense, 8 heads of 1 KV head", {.heads = 8, .kv_heads = 1, .qk_norm = true}),
+      Kind("dense, 6 heads of 3 KV heads", {.heads = 6, .kv_heads = 3, .qk_norm = true, .tied = true}),
+      Kind("7 experts, 8 heads of 2 KV heads", {.heads = 8, .kv_heads = 2, .qk_norm = true, .experts = 7}),
+      Kind("MLA", {.heads = 8, .mla = true, .q_lora_rank = 22}),
+      Kind("MLA, 14 experts", {.heads = 8, .mla = true, .experts = 14, .sigmoid = true}),
   };
   return kinds;
 }
@@ -319,6 +333,9 @@ Mix AnyMix(size_t kind) {
   mix.exchange = *rc::gen::element(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv);
   mix.pcp_min_tokens = *rc::gen::element<int64_t>(1, 0, 10, 40, 1000);
   mix.solo_max_tokens = *rc::gen::element<int64_t>(0, 8, 64, 256);
+  mix.stream = *rc::gen::arbitrary<bool>();
+  mix.segment_tokens = *rc::gen::weightedElement<int64_t>({{6, 8192}, {6, 100}, {3, 30}, {1, 5}});
+  if (model.config.moe) mix.parallel.expert_parallel = *rc::gen::arbitrary<bool>();
   mix.threads_per_rank = *rc::gen::weightedElement<int32_t>({{4, 1}, {1, 2}});
   mix.spare_blocks = *rc::gen::weightedOneOf<int64_t>(
       {{3, rc::gen::inRange<int64_t>(0, 4)}, {2, rc::gen::inRange<int64_t>(0, 12)}, {1, rc::gen::just<int64_t>(300)}});
@@ -342,11 +359,14 @@ std::ostream& operator<<(std::ostream& out, const Mix& mix) {
   const cp::ParallelConfig& p = mix.parallel;
   out << fmt::format(
       "{}, weights {}\n"
-      "TP {} PCP {} DCP {} interleave {} block {} {}, exchange {}, cut from {}, solo up to {}, {} threads a rank\n"
+      "TP {} PCP {} DCP {} interleave {} block {} {}{}, exchange {}{}, segments of {}, cut from {}, solo up to {}, {} "
+      "threads "
+      "a rank\n"
       "{} spare blocks, {} tokens a step, {} sequences, chunked prefill {}, prefix cache {}\n",
       ModelKinds().at(mix.kind).name, mix.weights, p.tensor_parallel, p.prefill_context_parallel,
       p.decode_context_parallel, p.kv_interleave, p.block_tokens,
-      p.pcp_kv_layout == cp::PcpKvLayout::kSharded ? "sharded" : "replicated", NameOf(mix.exchange), mix.pcp_min_tokens,
+      p.pcp_kv_layout == cp::PcpKvLayout::kSharded ? "sharded" : "replicated", p.expert_parallel ? " EP" : "",
+      NameOf(mix.exchange), mix.stream ? " in messages" : "", mix.segment_tokens, mix.pcp_min_tokens,
       mix.solo_max_tokens, mix.threads_per_rank, mix.spare_blocks, mix.max_num_batched_tokens, mix.max_num_seqs,
       mix.chunked_prefill, mix.prefix_caching);
   for (size_t i = 0; i < mix.requests.size(); ++i) {
@@ -377,9 +397,9 @@ class RandomMix : public ::testing::TestWithParam<size_t> {};
 // rapidcheck reads its options from RC_PARAMS: "max_success=5000" for so many mixes, "reproduce=..." (it prints which)
 // for the one that failed.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr char kDefaultParams[] = "max_success=30";
+constexpr char kDefaultParams[] = "max_success=15";
 #else
-constexpr char kDefaultParams[] = "max_success=200";
+constexpr char kDefaultParams[] = "max_success=120";
 #endif
 
 TEST_P(RandomMix, EachRequestIsAsAloneOnOneRank) {
@@ -404,6 +424,9 @@ TEST_P(RandomMix, EachRequestIsAsAloneOnOneRank) {
       static_cast<long long>(counts.preemptions), static_cast<long long>(counts.recomputed),
       static_cast<long long>(counts.prefix_hits), static_cast<long long>(counts.copied),
       static_cast<long long>(counts.aborts), static_cast<long long>(counts.aborts_in_execution));
+  // Of rows one in a million or so: scores of the order of 1, errors of 1e-7 to 1e-6.
+  EXPECT_LE(counts.router_ties, 5 + counts.compared_logits / 20000);
+  if (counts.router_ties > 0) std::printf("%lld near ties of experts\n", static_cast<long long>(counts.router_ties));
   if (counts.mixes < 50) return;  // a few, or the one that failed
   EXPECT_GT(counts.preemptions, 0);
   EXPECT_GT(counts.recomputed, 0);

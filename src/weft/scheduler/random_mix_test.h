@@ -23,6 +23,7 @@ struct ModelKind {
   std::string name;
   ModelConfig config;
   cp::ModelHeads heads;  // which layouts are legal
+  bool routed = false;   // a mixture of experts
 };
 // All kinds that the property is to hold for. A new one is added here and nowhere else.
 const std::vector<ModelKind>& ModelKinds();
@@ -52,6 +53,8 @@ struct Mix {
   int64_t pcp_min_tokens = 1;
   int64_t solo_max_tokens = 0;
   int32_t threads_per_rank = 1;
+  bool stream = false;  // messages, as between processes, where memory is shared
+  int64_t segment_tokens = 8192;
   int64_t spare_blocks = 0;  // beyond those of the request that needs most
   int64_t max_num_batched_tokens = 2048;
   int64_t max_num_seqs = 256;
@@ -75,7 +78,8 @@ struct MixCounts {
   int64_t copied = 0;       // tokens
   int64_t aborts = 0;
   int64_t aborts_in_execution = 0;
-  int64_t recomputed = 0;  // positions computed more than once
+  int64_t recomputed = 0;   // positions computed more than once
+  int64_t router_ties = 0;  // positions whose experts were chosen by a hair, the other way
 };
 
 // Runs the mix and compares. The first thing that is wrong, or "".

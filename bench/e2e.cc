@@ -14,6 +14,7 @@
 #include "weft/core/log.h"
 #include "weft/cp/layout.h"
 #include "weft/runner/executor.h"
+#include "weft/runner/step_costs.h"
 
 namespace weft::bench {
 namespace {
@@ -112,29 +113,26 @@ class Session {
   int64_t blocks_ = 0;
 };
 
-// Of the linear layers, without embedding and LM head.
-double LayerParameters(const ModelConfig& c) {
-  const double attention =
-      static_cast<double>(c.hidden_size) * static_cast<double>((2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim);
-  const double mlp = 3.0 * static_cast<double>(c.hidden_size) * static_cast<double>(c.intermediate_size);
-  return static_cast<double>(c.num_layers) * (attention + mlp);
-}
+// Of the layers: those that a token meets, with a mixture its experts alone.
+double LayerParameters(const ModelConfig& c) { return QueryCostsOf(c, 0).per_token / 2; }
 
 double LmHeadParameters(const ModelConfig& c) {
   return static_cast<double>(c.vocab_size) * static_cast<double>(c.hidden_size);
 }
 
-// 2 FLOP a weight and token, the LM head for the last one only; and half of the square of QK and PV.
+// 2 FLOP a weight and token, the LM head for the last one only; and half of the square of QK and PV (with MLA of the
+// expanded keys and values, each expanded once).
 double PrefillFlop(const ModelConfig& c, int64_t n) {
+  const cp::QueryCosts costs = QueryCostsOf(c, 0);
   const auto tokens = static_cast<double>(n);
-  return 2 * LayerParameters(c) * tokens + 2 * LmHeadParameters(c) +
-         2.0 * static_cast<double>(c.num_layers * c.num_heads * c.head_dim) * tokens * tokens;
+  return costs.per_token * tokens + 2 * LmHeadParameters(c) + costs.per_pair * tokens * tokens / 2;
 }
 
 // Weights and KV of the context, bf16 both.
 double DecodeBytes(const ModelConfig& c, int64_t context) {
+  const int64_t kv_row = c.mla ? c.mla->kv_lora_rank + c.mla->qk_rope_head_dim : 2 * c.num_kv_heads * c.head_dim;
   return 2 * (LayerParameters(c) + LmHeadParameters(c)) +
-         2.0 * 2 * static_cast<double>(c.num_layers * c.num_kv_heads * c.head_dim) * static_cast<double>(context);
+         2.0 * static_cast<double>(c.num_layers * kv_row) * static_cast<double>(context);
 }
 
 int Main(int argc, char** argv) {
@@ -162,7 +160,7 @@ int Main(int argc, char** argv) {
   fmt::print("{}\n", Describe(limits));
   const std::shared_ptr<const Checkpoint> checkpoint = OpenCheckpoint(model);
   const ModelConfig& c = checkpoint->config();
-  fmt::print("{}: {} layers, hidden {}, {:.2f} G parameters, bf16 weights and KV, chunks of {} tokens\n\n",
+  fmt::print("{}: {} layers, hidden {}, {:.2f} G parameters a token, bf16 weights and KV, chunks of {} tokens\n\n",
              c.architecture, c.num_layers, c.hidden_size, (LayerParameters(c) + LmHeadParameters(c)) / 1e9, chunk);
 
   if (!lengths.empty()) {

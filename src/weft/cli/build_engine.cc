@@ -7,11 +7,13 @@
 
 #include "weft/cli/commands.h"
 #include "weft/cli/kv_size.h"
+#include "weft/cli/multi_process.h"
 #include "weft/core/log.h"
 #include "weft/model/checkpoint.h"
 #include "weft/model/model_path.h"
 #include "weft/model/weights.h"
 #include "weft/runner/executor.h"
+#include "weft/runner/mpi_executor.h"
 
 namespace weft::cli {
 namespace {
@@ -130,6 +132,9 @@ int64_t ModelMaxLen(const ModelConfig& config) {
 
 BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   BuiltEngine built;
+  const std::shared_ptr<Processes> processes = JoinProcesses(args);
+  built.several_processes = processes != nullptr;
+  const bool follows = processes != nullptr && processes->rank() > 0;
   built.path = ResolveModelPath(args.model);
   std::shared_ptr<const Checkpoint> checkpoint = OpenCheckpoint(built.path, args.hf_overrides);
   built.config = checkpoint->config();
@@ -143,21 +148,23 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   const int64_t model_max = ModelMaxLen(built.config);
   const int64_t weight_bytes = WeightBytes(built.config, dtype);
   const int64_t available = AvailableMemoryBytes();
-  if (weight_bytes > available) {
+  const HostShare share = processes != nullptr ? ShareOfHost(built.parallel, *processes) : HostShare{};
+  if (static_cast<double>(weight_bytes) * share.weights > static_cast<double>(available)) {
     Throw("{}: its weights take {:.2f} GiB as {}, but {:.2f} GiB of memory are available", args.model,
           static_cast<double>(weight_bytes) / (1 << 30), NameOf(dtype), static_cast<double>(available) / (1 << 30));
   }
   const cp::KvLayout layout{args.block_size, args.kv_interleave, built.parallel.KvShards()};
-  const KvSize size = SizeKvCache({.block_bytes = VirtualBlockBytes(built.config, built.parallel, kv_dtype),
-                                   .block_tokens = layout.VirtualBlockTokens(),
-                                   .weight_bytes = weight_bytes,
-                                   .available_bytes = available,
-                                   .max_model_len = CheckedMaxLen(args, model_max),
-                                   .model_max_len = model_max,
-                                   .max_num_seqs = args.max_num_seqs,
-                                   .num_blocks = args.num_blocks_override,
-                                   .kv_bytes = args.kv_cache_memory,
-                                   .utilization = args.memory_utilization});
+  const KvSizeInput size_input{.block_bytes = VirtualBlockBytes(built.config, built.parallel, kv_dtype),
+                               .block_tokens = layout.VirtualBlockTokens(),
+                               .weight_bytes = weight_bytes,
+                               .available_bytes = available,
+                               .max_model_len = CheckedMaxLen(args, model_max),
+                               .model_max_len = model_max,
+                               .max_num_seqs = args.max_num_seqs,
+                               .num_blocks = args.num_blocks_override,
+                               .kv_bytes = args.kv_cache_memory,
+                               .utilization = args.memory_utilization};
+  const KvSize size = processes != nullptr ? SizeKvCacheOfAll(size_input, share, *processes) : SizeKvCache(size_input);
 
   LLMEngineOptions engine;
   engine.scheduler.max_model_len = size.max_model_len;
@@ -175,7 +182,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   engine.log_requests = options.log_requests;
   engine.log_stats_interval_s = options.log_stats_interval_s;
 
-  if (!args.skip_tokenizer_init) {
+  if (!args.skip_tokenizer_init && !follows) {
     built.tokenizer = LoadTokenizer(args.tokenizer ? ResolveModelPath(*args.tokenizer) : built.path);
   }
   engine.eos_token_ids = built.config.eos_token_ids;
@@ -191,18 +198,25 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
                built.config.architecture, built.config.num_layers, NameOf(dtype),
                static_cast<double>(weight_bytes) / (1 << 30), args.tensor_parallel, args.prefill_context_parallel,
                args.decode_context_parallel);
-  auto executor = MakeThreadExecutor({.parallel = built.parallel,
-                                      .dtype = dtype,
-                                      .kv_dtype = kv_dtype,
-                                      .kernels = args.kernels,
-                                      .threads_per_rank = args.threads_per_rank,
-                                      .num_blocks = size.num_blocks,
-                                      .max_model_len = size.max_model_len,
-                                      .exchange = ExchangeOf(args.context_exchange),
-                                      .pcp_min_tokens = PcpMinTokensOf(args),
-                                      .seed = static_cast<uint64_t>(args.seed),
-                                      .progress = options.progress},
-                                     std::move(checkpoint));
+  const ExecutorOptions executor_options{.parallel = built.parallel,
+                                         .dtype = dtype,
+                                         .kv_dtype = kv_dtype,
+                                         .kernels = args.kernels,
+                                         .threads_per_rank = args.threads_per_rank,
+                                         .num_blocks = size.num_blocks,
+                                         .max_model_len = size.max_model_len,
+                                         .exchange = ExchangeOf(args.context_exchange),
+                                         .pcp_min_tokens = PcpMinTokensOf(args),
+                                         .context_segment_tokens = args.context_segment_tokens,
+                                         .seed = static_cast<uint64_t>(args.seed),
+                                         .progress = options.progress,
+                                         .step_timeout_s = args.step_timeout_s};
+  if (follows) {
+    FollowSteps(executor_options, std::move(checkpoint), processes);
+    return built;
+  }
+  auto executor = processes != nullptr ? MakeMpiExecutor(executor_options, std::move(checkpoint), processes)
+                                       : MakeThreadExecutor(executor_options, std::move(checkpoint));
   built.engine = std::make_unique<LLMEngine>(std::move(engine), std::move(executor), built.tokenizer);
   const int64_t capacity = built.engine->kv_capacity_tokens();
   spdlog::info("KV cache ({}): {} tokens, {:.1f} requests of {} tokens", NameOf(kv_dtype), capacity,

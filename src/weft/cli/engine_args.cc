@@ -80,13 +80,18 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
            "to "
            "it, `auto` chooses for each request and step.")
       .Choices({"auto", "gather-q", "gather-kv"});
+  options
+      .Add("cp-context-segment-tokens", &a.context_segment_tokens,
+           "Cached tokens that a prompt's later chunks bring from other processes, or expand from latents (MLA), at a "
+           "time: what they need of memory does not grow with the context.")
+      .Range(1);
   options.Add("threads-per-rank", &a.threads_per_rank, "Compute threads of a rank.")
       .Range(0, 4096)
       .DefaultText("the CPUs divided by the ranks");
   options.Add("kernels", &a.kernels, "`cpu`: SIMD; `ref`: the scalar reference, slow.").Choices({"auto", "cpu", "ref"});
   options.Add("distributed-executor-backend", &f.executor_backend, "How ranks run.")
-      .Choices({"mp", "uni"})
-      .Unused("ranks are threads of this process");
+      .Choices({"mp", "uni", "mpi"})
+      .Unused("ranks are threads of this process, or of those that mpirun has started");
   options.Add("data-parallel-size", &f.data_parallel, "Copies of the engine.")
       .Alias("-dp")
       .Range(1)
@@ -98,13 +103,20 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
   options.Add("enable-expert-parallel", &f.expert_parallel, "Split experts over ranks.")
       .Alias("-ep")
       .Refused("mixture-of-experts models are not available");
-  options.Add("nnodes", &f.nnodes, "Hosts.").Range(1).Refused("must be 1: ranks on several hosts are not available");
-  options.Add("node-rank", &f.node_rank, "This host.").Range(0).Refused("ranks on several hosts are not available");
-  options.Add("master-addr", &f.master_addr, "The first host.").Refused("ranks on several hosts are not available");
-  options.Add("master-port", &f.master_port, "Its port.")
-      .Range(1, 65535)
-      .Refused("ranks on several hosts are not available");
-  options.Add("headless", &f.headless, "A host without a server.").Refused("ranks on several hosts are not available");
+  const char* const mpirun = "mpirun says this (docs/distributed.md)";
+  options
+      .Add("nnodes", &a.nodes.count,
+           "Hosts. Without mpirun more than 1 is an error that shows the mpirun line to type; with it, a check.")
+      .Range(1);
+  options.Add("node-rank", &a.nodes.rank, "This host.").Range(0).Unused(mpirun);
+  options.Add("master-addr", &a.nodes.master_addr, "The first host.").Unused(mpirun);
+  options.Add("master-port", &a.nodes.master_port, "Its port.").Range(1, 65535).Unused(mpirun);
+  options.Add("headless", &a.nodes.headless, "A host without a server.").Unused(mpirun);
+  options
+      .Add("step-timeout", &a.step_timeout_s,
+           "With several processes: seconds after which a step that has not ended counts as failed, and all processes "
+           "with it.")
+      .Range(0.1, 1e6);
 
   options.Group("KV cache");
   options.Add("block-size", &a.block_size, "Tokens of a block on one shard.").Range(1, 65536);

@@ -29,6 +29,7 @@ struct EngineArgs {
   std::string pcp_kv_layout = "sharded";
   std::string pcp_min_tokens = "auto";
   std::string context_exchange = "auto";
+  int64_t context_segment_tokens = 8192;
   int32_t threads_per_rank = 0;
   std::string kernels = "auto";
 
@@ -44,21 +45,27 @@ struct EngineArgs {
   bool prefix_caching = true;
   std::string scheduling_policy = "fcfs";
 
+  double step_timeout_s = 600;
+
   std::string log_level = "info";
+
+  // vLLM's way to start on several hosts; here mpirun's part. See JoinProcesses.
+  struct Nodes {
+    int32_t count = 1;
+    int32_t rank = 0;
+    std::string master_addr = "127.0.0.1";
+    int32_t master_port = 29501;
+    bool headless = false;
+  } nodes;
 
   // Exist for scripts written for vLLM: taken at their defaults, else refused or of no effect.
   struct Foreign {
     bool trust_remote_code = false;
     bool enforce_eager = false;
     bool expert_parallel = false;
-    bool headless = false;
     bool async_scheduling = false;
     int32_t data_parallel = 1;
     int32_t pipeline_parallel = 1;
-    int32_t nnodes = 1;
-    int32_t node_rank = 0;
-    std::string master_addr = "127.0.0.1";
-    int32_t master_port = 29501;
     std::string executor_backend = "mp";
     double swap_space = 4;
     double cpu_offload = 0;

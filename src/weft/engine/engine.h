@@ -34,7 +34,7 @@ struct EngineStats {
   Histogram request_queue_time_seconds;
   Histogram request_prefill_time_seconds;
   Histogram request_decode_time_seconds;
-  // KV tokens that each shard holds now.
+  // KV tokens that each shard holds now, replica by replica.
   std::vector<int64_t> kv_tokens_per_shard;
 };
 
@@ -50,6 +50,8 @@ class Engine {
   virtual void Abort(const std::string& id) = 0;
 
   virtual EngineStats Stats() const = 0;
+  // The same, of each replica alone where there are several (data parallelism).
+  virtual std::vector<EngineStats> StatsByReplica() const { return {Stats()}; }
   // Empty while all is well, else what broke (then /health is 503 and Add fails).
   virtual std::string Failure() const = 0;
   // Takes no more requests, waits until the running ones have ended or `timeout_s` is over (then aborts them).

@@ -30,12 +30,20 @@ LLMEngine::LLMEngine(LLMEngineOptions options, std::unique_ptr<StepExecutor> exe
       capacity_tokens_(scheduler_.CapacityTokens()),
       stats_logged_(Clock::now()) {
   WEFT_CHECK(options_.vocab_size > 0);
+  executor_->SetFailureListener([this](const std::string& why) {
+    const std::lock_guard lock(mutex_);
+    executor_failure_ = why;
+    wake_.notify_one();
+  });
   thread_ = std::thread([this] { Loop(); });
 }
 
-LLMEngine::~LLMEngine() { Shutdown(0); }
+LLMEngine::~LLMEngine() {
+  Shutdown(0);
+  executor_->SetFailureListener({});
+}
 
-Result<void> LLMEngine::Add(EngineRequest request, OutputSink sink) {
+Result<void> LLMEngine::Add(EngineRequest request, OutputSink sink, int64_t cached_tokens) {
   if (auto ok = CheckRequest(request, bounds_); !ok) return ok;
   if (request.priority != 0 && !options_.priority_scheduling) {
     return tl::make_unexpected(
@@ -67,7 +75,7 @@ Result<void> LLMEngine::Add(EngineRequest request, OutputSink sink) {
   if (options_.max_num_queued_reqs > 0 && Queued() >= options_.max_num_queued_reqs) {
     return unavailable(fmt::format("The queue is full: {} requests are waiting (--max-num-queued-reqs).", Queued()));
   }
-  auto handle = scheduler_.Add(std::move(request), now);
+  auto handle = scheduler_.Add(std::move(request), now, cached_tokens);
   if (!handle) return tl::make_unexpected(handle.error());
   if (options_.log_requests) spdlog::info("request {}: {} prompt tokens", id, prompt_tokens);
   handles_.emplace(id, *handle);
@@ -83,6 +91,11 @@ void LLMEngine::Abort(const std::string& id) {
   if (found == handles_.end()) return;
   aborts_.push_back(found->second);
   wake_.notify_one();
+}
+
+EngineProspect LLMEngine::Foresee(const EngineRequest& request) const {
+  const std::lock_guard lock(mutex_);
+  return {.scheduler = scheduler_.Foresee(request), .knows_id = handles_.contains(request.id)};
 }
 
 int64_t LLMEngine::Queued() const {
@@ -121,7 +134,10 @@ void LLMEngine::Loop() {
 bool LLMEngine::Prepare(std::optional<StepPlan>& plan, std::vector<Delivery>& deliveries) {
   plan.reset();
   std::unique_lock lock(mutex_);
-  wake_.wait(lock, [&] { return exit_ || abort_all_ || !aborts_.empty() || scheduler_.HasRequests(); });
+  wake_.wait(lock, [&] {
+    return exit_ || abort_all_ || !aborts_.empty() || scheduler_.HasRequests() || !executor_failure_.empty();
+  });
+  if (!executor_failure_.empty()) throw Error(executor_failure_, ErrorKind::kInternal);
   const auto now = Clock::now();
   const auto abort = [&](RequestHandle handle) {
     const auto found = live_.find(handle);
@@ -261,7 +277,7 @@ EngineStats LLMEngine::Stats() const {
 
 std::string LLMEngine::Failure() const {
   const std::lock_guard lock(mutex_);
-  return failure_;
+  return failure_.empty() ? executor_failure_ : failure_;
 }
 
 void LLMEngine::Shutdown(double timeout_s) {

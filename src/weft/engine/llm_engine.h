@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "weft/cp/layout.h"
@@ -32,6 +33,12 @@ struct LLMEngineOptions {
   double log_stats_interval_s = 0;     // a line of throughput while there is work; 0: never
 };
 
+// What a request would meet if it were added now.
+struct EngineProspect {
+  SchedulerProspect scheduler;
+  bool knows_id = false;  // a live request has its id
+};
+
 // The engine's thread sleeps while there is nothing to do. A sink that throws loses its request and nothing else.
 class LLMEngine : public Engine {
  public:
@@ -43,12 +50,19 @@ class LLMEngine : public Engine {
   ~LLMEngine() override;
 
   // Checks the request in the caller's thread. May be called from sinks, too; so may Abort.
-  Result<void> Add(EngineRequest request, OutputSink sink) override;
+  Result<void> Add(EngineRequest request, OutputSink sink) override {
+    return Add(std::move(request), std::move(sink), 0);
+  }
+  // `cached_tokens`: what Foresee said.
+  Result<void> Add(EngineRequest request, OutputSink sink, int64_t cached_tokens);
   void Abort(const std::string& id) override;
   EngineStats Stats() const override;
   std::string Failure() const override;
   // Returns when the last sink has been called and the thread is gone. Not from a sink.
   void Shutdown(double timeout_s) override;
+
+  // For whoever chooses among engines. Takes as long as planning: the prompt is looked up in the prefix cache.
+  EngineProspect Foresee(const EngineRequest& request) const;
 
   int64_t max_model_len() const override { return options_.scheduler.max_model_len; }
   int64_t vocab_size() const override { return options_.vocab_size; }
@@ -99,8 +113,9 @@ class LLMEngine : public Engine {
   std::unordered_map<std::string, RequestHandle> handles_;
   std::vector<RequestHandle> aborts_;
   std::string failure_;
-  int64_t undelivered_ = 0;    // requests whose last output has not been given to the sink
-  bool left_waiting_ = false;  // the last plan had no room for all
+  std::string executor_failure_;  // found out between two steps
+  int64_t undelivered_ = 0;       // requests whose last output has not been given to the sink
+  bool left_waiting_ = false;     // the last plan had no room for all
   bool stopping_ = false;
   bool abort_all_ = false;
   bool exit_ = false;

@@ -73,11 +73,15 @@ PrefixHit KvManager::FindPrefix(const std::string& salt, std::span<const int32_t
   return hit;
 }
 
-bool KvManager::AllocateWithPrefix(BlockTable& table, PrefixHit& hit, int64_t tokens, int64_t spare) {
-  WEFT_CHECK(table.blocks.empty() && hit.tokens <= tokens);
+int64_t KvManager::BlocksToTake(const PrefixHit& hit, int64_t tokens) const {
   // Shared blocks that nobody else uses are no longer free afterwards, like new ones.
   const auto idle = std::ranges::count_if(hit.blocks, [&](int32_t block) { return pool_.refs(block) == 0; });
-  const int64_t wanted = layout_.BlocksFor(tokens) - static_cast<int64_t>(hit.blocks.size()) + idle;
+  return layout_.BlocksFor(tokens) - static_cast<int64_t>(hit.blocks.size()) + idle;
+}
+
+bool KvManager::AllocateWithPrefix(BlockTable& table, PrefixHit& hit, int64_t tokens, int64_t spare) {
+  WEFT_CHECK(table.blocks.empty() && hit.tokens <= tokens);
+  const int64_t wanted = BlocksToTake(hit, tokens);
   if (wanted > pool_.num_free() - spare) return false;
   if (hit.copy_source >= 0 && pool_.refs(hit.copy_source) == 0 && wanted + 1 > pool_.num_free() - spare) {
     hit.tokens -= hit.copy_tokens;

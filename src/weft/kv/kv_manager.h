@@ -57,6 +57,9 @@ class KvManager {
   // Gives all blocks back and empties the table. What is known of them can be found until they are needed.
   void Free(BlockTable& table);
 
+  // Free blocks that AllocateWithPrefix takes for a hit and `tokens` tokens, the copy's source left aside.
+  int64_t BlocksToTake(const PrefixHit& hit, int64_t tokens) const;
+
   // The longest known beginning of `tokens` (to be computed: at least the last one, so at most all others are looked
   // for). Only of sequences with the same salt.
   PrefixHit FindPrefix(const std::string& salt, std::span<const int32_t> tokens) const;

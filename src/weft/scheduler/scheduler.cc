@@ -32,7 +32,7 @@ Scheduler::Scheduler(const SchedulerConfig& config, const cp::KvLayout& layout, 
   Validate(config);
 }
 
-Result<RequestHandle> Scheduler::Add(EngineRequest request, Clock::time_point now) {
+Result<RequestHandle> Scheduler::Add(EngineRequest request, Clock::time_point now, int64_t cached_tokens) {
   const auto refuse = [](const char* param, std::string message) {
     return tl::make_unexpected(Error(std::move(message), ErrorKind::kInvalidArgument, param));
   };
@@ -63,16 +63,40 @@ Result<RequestHandle> Scheduler::Add(EngineRequest request, Clock::time_point no
   entry->cache_salt = std::move(request.cache_salt);
   entry->prompt_tokens = prompt;
   entry->arrived = now;
+  entry->expects_cached = std::clamp<int64_t>(cached_tokens, 0, prompt);
+  tokens_ahead_ += prompt - entry->expects_cached;
   waiting_.insert(entry.get());
   const RequestHandle handle = entry->handle;
   requests_.emplace(handle, std::move(entry));
   return handle;
 }
 
+SchedulerProspect Scheduler::Foresee(const EngineRequest& request) const {
+  SchedulerProspect prospect{.tokens_ahead = tokens_ahead_, .requests = num_running() + num_waiting()};
+  PrefixHit hit;
+  if (config_.prefix_caching && !request.params.prompt_logprobs) {
+    hit = kv_.FindPrefix(request.cache_salt, request.prompt_token_ids);
+  }
+  prospect.cached_tokens = hit.tokens;
+  prospect.must_wait = LacksRoom(kv_.BlocksToTake(hit, static_cast<int64_t>(request.prompt_token_ids.size())));
+  return prospect;
+}
+
+bool Scheduler::LacksRoom(int64_t blocks) const {
+  if (num_running() + num_waiting() >= config_.max_num_seqs) return true;
+  if (left_without_blocks_ && !waiting_.empty()) return true;
+  int64_t free = kv_.num_free_blocks() - blocks;
+  for (auto it = waiting_.begin(); it != waiting_.end() && free >= 0; ++it) {
+    free -= kv_.layout().BlocksFor((*it)->num_tokens() - (*it)->expects_cached);
+  }
+  return free < 0;
+}
+
 bool Scheduler::Finish(RequestHandle handle) {
   const auto found = requests_.find(handle);
   if (found == requests_.end()) return false;
   Entry& entry = *found->second;
+  tokens_ahead_ -= entry.num_tokens() - entry.computed - entry.expects_cached;
   // A step that is being executed still writes into these blocks, and is over before their next owner's first step.
   FreeBlocks(entry);
   (entry.running ? running_ : waiting_).erase(&entry);
@@ -124,6 +148,7 @@ void Scheduler::PlanPrefills(int64_t& budget) {
 }
 
 void Scheduler::Admit(int64_t& budget, Clock::time_point now, StepPlan& plan) {
+  left_without_blocks_ = false;
   while (budget > 0 && !waiting_.empty() && num_running() < config_.max_num_seqs) {
     Entry& entry = **waiting_.begin();
     const int64_t tokens = entry.num_tokens();
@@ -132,7 +157,10 @@ void Scheduler::Admit(int64_t& budget, Clock::time_point now, StepPlan& plan) {
     // One that was preempted waits until everybody who runs could have a further block, or it would soon be preempted
     // again, and its whole recomputation be lost each time.
     const auto spare = entry.preemptions > 0 ? num_running() : 0;
-    if (!kv_.AllocateWithPrefix(entry.table, hit, tokens, spare)) return;
+    if (!kv_.AllocateWithPrefix(entry.table, hit, tokens, spare)) {
+      left_without_blocks_ = true;
+      return;
+    }
     if (hit.copy_source >= 0) {
       // Until the step has run, nobody may be given the source.
       pinned_.push_back(hit.copy_source);
@@ -144,6 +172,7 @@ void Scheduler::Admit(int64_t& budget, Clock::time_point now, StepPlan& plan) {
     entry.running = true;
     entry.prefill_until = tokens;
     entry.computed = hit.tokens;
+    tokens_ahead_ += std::exchange(entry.expects_cached, 0) - hit.tokens;
     entry.shared_blocks = hit.blocks.size();
     entry.planned = std::min(tokens - hit.tokens, budget);
     budget -= entry.planned;
@@ -200,6 +229,7 @@ void Scheduler::Preempt(Entry& entry) {
   WEFT_CHECK(entry.planned == 0, "request {} is in the plan", entry.handle);
   FreeBlocks(entry);
   entry.told_blocks = 0;
+  tokens_ahead_ += entry.computed;
   entry.computed = 0;
   entry.prefill_until = 0;
   entry.running = false;
@@ -234,6 +264,7 @@ std::vector<RowOutput> Scheduler::Update(const StepPlan& plan, StepOutput output
   for (const RequestStep& step : plan.requests) {
     Entry* entry = FindEntry(step.handle);
     if (entry == nullptr) continue;
+    tokens_ahead_ -= entry->planned;
     entry->computed += std::exchange(entry->planned, 0);
     Publish(*entry, step.prefill);
   }
@@ -278,6 +309,7 @@ void Scheduler::TakeIn(Entry& entry, RowOutput& row) {
   } else if (row.token_id) {
     entry.awaits_token = false;
     entry.tokens.push_back(*row.token_id);
+    ++tokens_ahead_;
   }
 }
 

@@ -55,6 +55,14 @@ struct SchedulerStats {
   uint64_t prefix_cache_hits = 0;
 };
 
+// What a request would meet if it were added now.
+struct SchedulerProspect {
+  int64_t cached_tokens = 0;  // so many of its prompt are in the prefix cache
+  int64_t tokens_ahead = 0;   // of live requests: known, but not computed yet
+  int64_t requests = 0;       // live ones
+  bool must_wait = false;     // for others to end: all places are taken, or the free blocks are too few
+};
+
 class Scheduler {
  public:
   using Clock = std::chrono::steady_clock;
@@ -83,7 +91,11 @@ class Scheduler {
 
   // Puts a request into the queue, or says why it can never be served (kInvalidArgument with `param`): no token at all,
   // too long for the model, or for the whole KV cache at its greatest length. Of `request`, the id is not used.
-  Result<RequestHandle> Add(EngineRequest request, Clock::time_point now = Clock::now());
+  // `cached_tokens`: what Foresee found, where that was asked; only what Foresee says of others depends on it.
+  Result<RequestHandle> Add(EngineRequest request, Clock::time_point now = Clock::now(), int64_t cached_tokens = 0);
+
+  // Changes nothing, the order in which cached blocks are given up included.
+  SchedulerProspect Foresee(const EngineRequest& request) const;
 
   // Forgets a request in any state, also between Plan and Update, and frees its blocks; whether there was one.
   bool Finish(RequestHandle handle);
@@ -119,6 +131,7 @@ class Scheduler {
     size_t told_blocks = 0;
     // All tokens that were known when it was (last) admitted: until they are computed it is in prefill.
     int64_t prefill_until = 0;
+    int64_t expects_cached = 0;     // until it is first admitted: what the prefix cache will have of it, as foreseen
     int64_t planned = 0;            // tokens in the plan being made or executed
     size_t shared_blocks = 0;       // found in the prefix cache when it was (last) admitted
     bool failed = false;            // what it computed is not to be used by others
@@ -142,6 +155,9 @@ class Scheduler {
   // Whether it may use what the prefix cache knows, and what that is.
   bool LooksUp(const Entry& entry) const;
   PrefixHit Lookup(const Entry& entry) const;
+  // Whether a request with so many blocks to take would stay behind at the next admission, roughly: what the waiting
+  // ones share with others is not looked up again.
+  bool LacksRoom(int64_t blocks) const;
   // Its computed tokens become known to the prefix cache.
   void Publish(Entry& entry, bool with_partial);
   // Gives its blocks back, for others to find what is in them.
@@ -160,6 +176,8 @@ class Scheduler {
   std::unordered_map<RequestHandle, std::unique_ptr<Entry>> requests_;
   Queue waiting_;
   Queue running_;
+  int64_t tokens_ahead_ = 0;             // known tokens of all requests that are not computed
+  bool left_without_blocks_ = false;     // the last plan had no blocks for a request that waits
   std::vector<RequestHandle> released_;  // to be told with the next plan
   RequestHandle next_handle_ = 1;
   uint64_t next_step_ = 0;

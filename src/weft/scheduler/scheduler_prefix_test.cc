@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
+#include <random>
 
 #include "weft/scheduler/fake_ranks_test.h"
 #include "weft/scheduler/scheduler.h"
@@ -228,6 +229,72 @@ TEST(SchedulerPrefixCache, OffFindsNothing) {
   f.Add(Iota(0, 12), 1);
   EXPECT_EQ(f.Step().requests[0].computed, 0);
   EXPECT_EQ(f.scheduler.Stats().prefix_cache_queries, 0u);
+}
+
+TEST(SchedulerForesee, TellsOfPrefixBacklogAndRoomAndChangesNothing) {
+  Fixture f(kConfig, 20);
+  const auto foresee = [&](Tokens prompt, const std::string& salt = "", bool logprobs = false) {
+    EngineRequest request;
+    request.prompt_token_ids = std::move(prompt);
+    request.cache_salt = salt;
+    if (logprobs) request.params.prompt_logprobs = 0;
+    return f.scheduler.Foresee(request);
+  };
+  EXPECT_EQ(foresee(Iota(0, 10)).cached_tokens, 0);
+  f.Add(Iota(0, 11), 1);
+  EXPECT_EQ(foresee(Iota(0, 10)).tokens_ahead, 11);
+  EXPECT_EQ(foresee(Iota(0, 10)).requests, 1);
+  f.Drain();
+  EXPECT_EQ(foresee(Iota(0, 10)).tokens_ahead, 0);
+  EXPECT_EQ(foresee(Iota(0, 10)).cached_tokens, 9);
+  EXPECT_EQ(foresee(Iota(0, 10) + Iota(50, 9)).cached_tokens, 10);
+  EXPECT_EQ(foresee(Iota(0, 10), "salt").cached_tokens, 0);
+  EXPECT_EQ(foresee(Iota(0, 10), "", true).cached_tokens, 0);
+  // What is looked at stays as old as it was: the first prompt's blocks go before the second's.
+  f.Add(Iota(100, 30), 1);
+  f.Drain();
+  for (int i = 0; i < 10; ++i) EXPECT_EQ(foresee(Iota(0, 12)).cached_tokens, 11);
+  f.Add(Iota(200, 44), 1);
+  f.Drain();
+  EXPECT_LT(foresee(Iota(0, 12)).cached_tokens, 11);
+  EXPECT_GE(foresee(Iota(100, 30)).cached_tokens, 28);
+
+  // Places and blocks.
+  EXPECT_FALSE(foresee(Iota(300, 80)).must_wait);
+  EXPECT_TRUE(foresee(Iota(300, 81)).must_wait);
+  f.Add(Iota(400, 40), 1);
+  EXPECT_FALSE(foresee(Iota(300, 40)).must_wait);
+  EXPECT_TRUE(foresee(Iota(300, 41)).must_wait);
+  for (int i = 0; i < 3; ++i) f.Add(Iota(500 + i, 1), 1);
+  EXPECT_TRUE(foresee(Iota(300, 1)).must_wait);
+  f.Drain();
+  EXPECT_FALSE(foresee(Iota(300, 1)).must_wait);
+}
+
+// Through prefix hits, preemptions, and requests that end anywhere.
+TEST(SchedulerForesee, TokensAheadAreThoseNotComputed) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(seed);
+  std::mt19937_64 rng(seed);
+  SchedulerConfig config = kConfig;
+  config.max_num_batched_tokens = 16;
+  Fixture f(config, 14);
+  std::vector<RequestHandle> handles;
+  uint64_t preemptions = 0;
+  for (int step = 0; step < 400; ++step) {
+    if (rng() % 3 == 0) {
+      handles.push_back(f.Add(Iota(static_cast<int32_t>(rng() % 3) * 100, 1 + static_cast<int32_t>(rng() % 20)), 20));
+    }
+    if (rng() % 8 == 0 && !handles.empty()) f.scheduler.Finish(handles[rng() % handles.size()]);
+    if (f.scheduler.HasRequests()) f.Step();
+    int64_t ahead = 0;
+    for (const RequestHandle handle : handles) {
+      if (const auto* request = f.scheduler.Find(handle)) ahead += request->num_tokens() - request->computed;
+    }
+    ASSERT_EQ(f.scheduler.Foresee({}).tokens_ahead, ahead) << "step " << step;
+    preemptions = f.scheduler.Stats().preemptions;
+  }
+  EXPECT_GT(preemptions, 0u);
 }
 
 }  // namespace

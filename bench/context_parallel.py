@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+"""What context parallelism gains and costs a user, through the server: time to first token against the prompt's length
+for ranks that are threads, processes, and processes on two hosts; time per output token; KV tokens held; peak memory.
+
+    context_parallel.py WEFT MODEL [--parts ttft,tpot,kv,memory] [--lengths 128,512,2048,8192] [--processes] [--hosts]
+                        [--mpirun MPIRUN]
+
+MODEL may be a folder of random weights (weft-make-checkpoint). Every rank has one thread. --hosts needs root: the two
+hosts are network namespaces (scripts/two_hosts).
+"""
+import argparse
+import http.client
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COMMON = ["--skip-tokenizer-init", "--port", "0", "--threads-per-rank", "1", "--max-num-seqs", "16"]
+
+
+class Server:
+    """`weft serve` behind a launcher; its processes all run on this machine."""
+
+    def __init__(self, launcher, weft, model, *flags, timeout_s=600):
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+        self.process = subprocess.Popen([*launcher, weft, "serve", model, *COMMON, *flags], stdout=self.log,
+                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = re.search(r"http://([0-9.]+):(\d+)", self.text())
+            if found:
+                break
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("weft serve did not come up:\n" + self.text())
+            time.sleep(0.05)
+        self.port = int(found.group(2))
+
+    def text(self):
+        with open(self.log.name, encoding="utf-8", errors="replace") as f:
+            return f.read()
+
+    def time_request(self, tokens, max_tokens):
+        """(seconds to the first token, median seconds between tokens)"""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3000)
+        body = json.dumps({"prompt": tokens, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                           "stream": True, "return_token_ids": True})
+        start = time.monotonic()
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        times = []
+        for line in answer:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if event["choices"] and event["choices"][0].get("token_ids"):
+                    times.append(time.monotonic())
+        assert len(times) == max_tokens, (len(times), max_tokens)
+        gaps = [b - a for a, b in zip(times, times[1:])]
+        return times[0] - start, statistics.median(gaps) if gaps else 0.0
+
+    def metrics(self):
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60).read().decode()
+
+    def peak_bytes(self):
+        """Of all processes of the server: the most that each has had in memory, added up."""
+        total = 0
+        for pid in descendants(self.process.pid):
+            try:
+                with open(f"/proc/{pid}/status", encoding="ascii") as f:
+                    status = f.read()
+            except OSError:
+                continue
+            if status.startswith("Name:\tweft"):
+                total += int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+        return total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+        self.log.close()
+
+
+def descendants(pid):
+    children = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as f:
+                    parent = int(f.read().rsplit(")", 1)[1].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found, left = [], [pid]
+    while left:
+        one = left.pop()
+        found.append(one)
+        left += children.get(one, [])
+    return found
+
+
+def prompt(length, vocab):
+    return [random.randrange(vocab) for _ in range(length)]
+
+
+def table(head, rows):
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+    print()
+
+
+def launchers(args):
+    """name -> (launcher, flags) with two PCP ranks of one thread each; and one rank to compare with."""
+    found = {"1 rank": ([], []), "PCP 2, threads": ([], ["-pcp", "2"])}
+    mpi = [args.mpirun, "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "-n", "2"]
+    if args.processes:
+        found["PCP 2, processes"] = (mpi, ["-pcp", "2"])
+    if args.hosts:
+        found["PCP 2, two hosts"] = ([os.path.join(ROOT, "scripts", "two_hosts")], ["-pcp", "2"])
+    return found
+
+
+def measure_ttft(args, vocab):
+    kinds = launchers(args)
+    longest = max(args.lengths) + 64
+    print("TTFT s (medians; each kind served by itself) and what PCP 2 gains")
+    times = {}
+    for kind, (launcher, flags) in kinds.items():
+        with Server(launcher, args.weft, args.model, "--max-model-len", str(longest), "--no-enable-prefix-caching",
+                    *flags) as server:
+            server.time_request(prompt(64, vocab), 4)
+            for n in args.lengths:
+                repeats = 5 if n <= 1024 else 3 if n <= 4096 else 1
+                results = [server.time_request(prompt(n, vocab), 8) for _ in range(repeats)]
+                times[kind, n] = tuple(statistics.median(r[i] for r in results) for i in range(2))
+    rows = []
+    for n in args.lengths:
+        base = times["1 rank", n]
+        row = [str(n)]
+        for kind in kinds:
+            ttft, tpot = times[kind, n]
+            row.append(f"{ttft:.3f}" + (f" ({base[0] / ttft:.2f}x)" if kind != "1 rank" else "") + f", {1e3 * tpot:.1f} ms")
+        rows.append(row)
+    table(["tokens", *(f"{kind}: TTFT, TPOT" for kind in kinds)], rows)
+
+
+def measure_tpot(args, vocab):
+    print("TPOT ms on the same cores, at two depths")
+    rows = []
+    layouts = {"1 rank, 2 threads": ["--threads-per-rank", "2"], "TP 2": ["-tp", "2"],
+               "TP 2, DCP 2": ["-tp", "2", "-dcp", "2"], "PCP 2": ["-pcp", "2"]}
+    for name, flags in layouts.items():
+        try:
+            with Server([], args.weft, args.model, "--max-model-len", "4400", *flags) as server:
+                server.time_request(prompt(64, vocab), 4)
+                rows.append([name] + [f"{1e3 * server.time_request(prompt(n, vocab), 48)[1]:.1f}" for n in (512, 4096)])
+        except RuntimeError as error:
+            rows.append([name, str(error).strip().splitlines()[-1][:90], ""])
+    table(["layout", "512", "4096"], rows)
+
+
+def measure_kv(args, _):
+    print("KV tokens held in 1 GiB of cache")
+    rows, base = [], None
+    for degree in (1, 2, 4):
+        flags = ["-tp", "4", "-dcp", str(degree), "--cp-kv-cache-interleave-size", "1"]
+        try:
+            with Server([], args.weft, args.model, "--kv-cache-memory", str(1 << 30), "--max-model-len", "1024",
+                        *flags) as server:
+                tokens = int(re.search(r"KV cache \(\w+\): (\d+) tokens", server.text()).group(1))
+        except RuntimeError as error:
+            rows.append([str(degree), str(error).strip().splitlines()[-1][:120], ""])
+            continue
+        base = base or tokens
+        rows.append([str(degree), str(tokens), f"{tokens / base:.3f}"])
+    table(["DCP (TP 4)", "tokens", "of DCP 1"], rows)
+
+
+def measure_memory(args, vocab):
+    print("Peak memory of the server's processes beyond weights and KV cache, GiB, while a prompt is computed")
+    rows = []
+    for kind, (launcher, flags) in launchers(args).items():
+        row = [kind]
+        for n in args.memory_lengths:
+            with Server(launcher, args.weft, args.model, "--max-model-len", str(n + 64), "--kv-cache-memory",
+                        str(args.memory_kv_bytes), *flags) as server:
+                server.time_request(prompt(16, vocab), 1)
+                before = server.peak_bytes()
+                server.time_request(prompt(n, vocab), 1)
+                grown = server.peak_bytes() - before
+                held = kv_bytes(args.model) * n
+                row.append(f"{(grown - held) / 2**30:.2f}")
+        rows.append(row)
+    table(["ranks", *(f"{n} tokens" for n in args.memory_lengths)], rows)
+
+
+def kv_bytes(model):
+    """Of a token, all layers, bf16."""
+    with open(os.path.join(model, "config.json"), encoding="utf-8") as f:
+        c = json.load(f)
+    if "kv_lora_rank" in c:
+        row = c["kv_lora_rank"] + c["qk_rope_head_dim"]
+    else:
+        row = 2 * c["num_key_value_heads"] * (c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
+    return 2 * row * c["num_hidden_layers"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    parser.add_argument("weft")
+    parser.add_argument("model")
+    parser.add_argument("--parts", default="ttft,tpot,kv,memory")
+    parser.add_argument("--lengths", type=numbers, default=[128, 512, 2048, 8192])
+    parser.add_argument("--memory-lengths", type=numbers, default=[8192, 32768, 131072])
+    parser.add_argument("--memory-kv-bytes", type=int, default=6 << 30)
+    parser.add_argument("--processes", action="store_true", help="also two processes under mpirun")
+    parser.add_argument("--hosts", action="store_true", help="also two hosts")
+    parser.add_argument("--mpirun", default=os.path.join(ROOT, "build", "venv", "bin", "mpirun"))
+    args = parser.parse_args()
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    with open(os.path.join(args.model, "config.json"), encoding="utf-8") as f:
+        vocab = json.load(f)["vocab_size"]
+    random.seed(1)
+    parts = {"ttft": measure_ttft, "tpot": measure_tpot, "kv": measure_kv, "memory": measure_memory}
+    for part in args.parts.split(","):
+        if part not in parts:
+            sys.exit(f"--parts {part}: must be some of {', '.join(parts)}")
+        parts[part](args, vocab)
+
+
+if __name__ == "__main__":
+    main()

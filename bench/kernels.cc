@@ -349,7 +349,9 @@ void BenchMla(const KernelTable& table, ThreadPool& pool, const MachineLimits& l
         "\nattention, absorbed MLA, %s latent cache: one row, cache not in the CPU's caches (median; share of "
         "FMA / of read bandwidth; of the higher floor)\n",
         std::string(NameOf(dtype)).c_str());
-    for (const int q_heads : {8, 16, 32, 64, 128}) {
+    for (const int q_heads : {2, 4, 8, 16, 32, 64, 128}) {
+      const std::string name = fmt::format("{} {} heads", NameOf(dtype), q_heads);
+      if (name.find(options.shape) == std::string::npos) continue;
       std::vector<float> q(static_cast<size_t>(q_heads * kLatent));
       std::vector<float> out(static_cast<size_t>(q_heads * kRank));
       std::vector<float> lse(static_cast<size_t>(q_heads));
@@ -531,7 +533,8 @@ int Main(int argc, char** argv) {
   app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
   app.add_option("--depths", options.depths, "context lengths for attention");
   app.add_option("--rows", options.rows, "rows for linear");
-  app.add_option("--shape", options.shape, "linear: only the shape of this name; many: cases whose name contains this");
+  app.add_option("--shape", options.shape,
+                 "linear: only the shape of this name; many, mla: cases whose name contains this");
   std::string target;
   app.add_option("--target", target, "SIMD target for the kernels and the limits, e.g. AVX2; empty: the best");
   bool cpu_time = false;

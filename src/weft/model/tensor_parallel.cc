@@ -23,31 +23,43 @@ void TensorParallel::AddReduced(float* x, int64_t rows, ThreadPool& pool) {
   const auto bytes_of = [&](const float* data, int64_t n) {
     return std::as_bytes(std::span<const float>(data, static_cast<size_t>(n * hidden_)));
   };
-  std::vector<std::span<const float>> parts;
   const auto members = static_cast<size_t>(group_.size());
+  const float* own = partial_[turn_].as<float>();
+  const bool direct = rows <= kDirectReduceRows;
+  const auto share_of = [&](size_t i) {
+    return direct ? Range{0, rows} : SplitRange(rows, group_.size(), static_cast<int64_t>(i));
+  };
+  const Range mine = share_of(static_cast<size_t>(group_.rank()));
   std::vector<size_t> sizes(members, static_cast<size_t>(rows) * row_bytes);
-  group_.StartAllGather(bytes_of(partial_[turn_].as<float>(), rows), sizes);
-  group_.FinishAllGather(parts);
 
   // Always in the order of the ranks, so that all of them get the same sum to the last bit.
-  const bool direct = rows <= kDirectReduceRows;
-  const Range mine = direct ? Range{0, rows} : SplitRange(rows, group_.size(), group_.rank());
   std::vector<const float*> sources;
-  for (const auto& part : parts) sources.push_back(part.data() + mine.begin * hidden_);
+  if (direct || group_.shares_memory()) {
+    std::vector<std::span<const float>> parts;
+    group_.StartAllGather(bytes_of(own, rows), sizes);
+    group_.FinishAllGather(parts);
+    for (const auto& part : parts) sources.push_back(part.data() + mine.begin * hidden_);
+  } else {
+    // To each member its share alone.
+    std::vector<std::span<const std::byte>> sent, parts;
+    for (size_t i = 0; i < members; ++i) {
+      sent.push_back(bytes_of(own + share_of(i).begin * hidden_, share_of(i).size()));
+    }
+    group_.AllToAll(sent, parts);
+    for (const auto& part : parts) sources.push_back(reinterpret_cast<const float*>(part.data()));
+  }
   Buffer& reduced = reduced_[turn_];
   reduced.Reserve(static_cast<size_t>(mine.size()) * row_bytes);
   k_.sum_parts(sources, mine.size() * hidden_, reduced.as<float>(), pool);
   if (direct) {
     k_.add(x, hidden_, reduced.as<float>(), hidden_, rows, hidden_, pool);
   } else {
-    for (size_t i = 0; i < members; ++i) {
-      sizes[i] = static_cast<size_t>(SplitRange(rows, group_.size(), static_cast<int64_t>(i)).size()) * row_bytes;
-    }
+    for (size_t i = 0; i < members; ++i) sizes[i] = static_cast<size_t>(share_of(i).size()) * row_bytes;
     std::vector<std::span<const float>> sums;
     group_.StartAllGather(bytes_of(reduced.as<float>(), mine.size()), sizes);
     group_.FinishAllGather(sums);
     for (size_t i = 0; i < members; ++i) {
-      const Range share = SplitRange(rows, group_.size(), static_cast<int64_t>(i));
+      const Range share = share_of(i);
       k_.add(x + share.begin * hidden_, hidden_, sums[i].data(), hidden_, share.size(), hidden_, pool);
     }
   }

@@ -22,7 +22,7 @@ class Checkpoint {
   virtual bool Has(std::string_view name) const = 0;
   // [rows, cols] of a matrix, {n} of a vector. Throws weft::Error naming the tensor and the file when it is missing.
   virtual std::vector<int64_t> Shape(std::string_view name) const = 0;
-  // kF32 or kBF16: what the values can be read as without loss (quantised and f16 ones: kF32).
+  // kF32 or kBF16: what the values can be read as without loss (quantised, FP8 and f16 ones: kF32).
   virtual DType NaturalDType(std::string_view name) const = 0;
   // Reads rows [row0, row0+rows) x columns [col0, col0+cols) (a vector is one row) as `dtype` (kF32 or kBF16,
   // rounded to nearest even where it loses) to dst, row-major without gaps. Only these bytes of the file are touched

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 
 #include "weft/model/convert.h"
@@ -157,6 +158,115 @@ TEST(Convert, EveryHalf) {
     ASSERT_EQ(got, static_cast<float>(bits & 0x8000 ? -magnitude : magnitude)) << bits;
     ASSERT_EQ(std::signbit(got), bits >= 0x8000);
   }
+}
+
+// Every byte, against the definition of the format.
+TEST(Convert, EveryFp8) {
+  for (int bits = 0; bits < 256; ++bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    const float got = Fp8E4m3ToFloat(static_cast<uint8_t>(bits));
+    if (exponent == 15 && mantissa == 7) {
+      EXPECT_TRUE(std::isnan(got));
+      continue;
+    }
+    const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    ASSERT_EQ(got, static_cast<float>(bits & 0x80 ? -magnitude : magnitude)) << bits;
+    ASSERT_EQ(std::signbit(got), bits >= 0x80);
+  }
+}
+
+// Random bytes with random scales, in slices that no block's edge lines up with.
+TEST(Checkpoint, ReadsBlockScaledFp8) {
+  const auto seed = std::random_device()();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  std::mt19937 random(seed);
+  const auto between = [&](int64_t a, int64_t b) { return std::uniform_int_distribution<int64_t>(a, b)(random); };
+  for (int round = 0; round < 12; ++round) {
+    const int64_t block_rows = round < 4 ? 128 : between(1, 40), block_cols = round < 4 ? 128 : between(1, 40);
+    const int64_t rows = between(1, 300), cols = between(1, 300);
+    const int64_t scale_rows = (rows + block_rows - 1) / block_rows, scale_cols = (cols + block_cols - 1) / block_cols;
+    const bool bf16_scales = round % 2 == 1;  // as Qwen publishes them
+    std::string data;
+    std::vector<uint8_t> bytes(static_cast<size_t>(rows * cols));
+    for (uint8_t& byte : bytes) {
+      byte = static_cast<uint8_t>(between(0, 253));
+      if ((byte & 0x7f) == 0x7f) byte = 0x81;  // no NaN
+      testing::Append(data, byte);
+    }
+    std::vector<float> scales(static_cast<size_t>(scale_rows * scale_cols));
+    for (float& scale : scales) {
+      const float exact = std::ldexp(static_cast<float>(between(1, 1 << 20)), -24);
+      const bf16 rounded = ToBf16(exact);
+      scale = bf16_scales ? ToFloat(rounded) : exact;
+      if (bf16_scales) {
+        testing::Append(data, rounded.bits);
+      } else {
+        testing::Append(data, exact);
+      }
+    }
+    const auto end = static_cast<int64_t>(data.size());
+    Json config = TinyConfig();
+    config["quantization_config"] = {{"quant_method", "fp8"}, {"weight_block_size", {block_rows, block_cols}}};
+    const testing::TempFolder folder;
+    folder.Write("config.json", config.dump());
+    folder.Write("model.safetensors",
+                 testing::Safetensors(Json{{"w.weight", Entry("F8_E4M3", {rows, cols}, 0, rows * cols)},
+                                           {"w.weight_scale_inv", Entry(bf16_scales ? "BF16" : "F32",
+                                                                        {scale_rows, scale_cols}, rows * cols, end)}},
+                                      data));
+    const auto checkpoint = OpenCheckpoint(folder.path());
+    EXPECT_EQ(checkpoint->NaturalDType("w.weight"), DType::kF32);
+    for (int slice = 0; slice < 6; ++slice) {
+      const int64_t row0 = slice == 0 ? 0 : between(0, rows), n = slice == 0 ? rows : between(0, rows - row0);
+      const int64_t col0 = slice == 0 ? 0 : between(0, cols), m = slice == 0 ? cols : between(0, cols - col0);
+      std::vector<float> as_f32(static_cast<size_t>(n * m) + 1, -77.0f);
+      std::vector<uint16_t> as_bf16(static_cast<size_t>(n * m) + 1, 0xdead);
+      checkpoint->Read("w.weight", row0, n, col0, m, DType::kF32, as_f32.data());
+      checkpoint->Read("w.weight", row0, n, col0, m, DType::kBF16, as_bf16.data());
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t row = row0 + i, col = col0 + j;
+          const int byte = bytes[static_cast<size_t>(row * cols + col)];
+          const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+          const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+          const float value = static_cast<float>(byte & 0x80 ? -magnitude : magnitude) *
+                              scales[static_cast<size_t>(row / block_rows * scale_cols + col / block_cols)];
+          ASSERT_EQ(as_f32[static_cast<size_t>(i * m + j)], value) << row << ", " << col;
+          ASSERT_EQ(as_bf16[static_cast<size_t>(i * m + j)], ToBf16(value).bits);
+        }
+      }
+      EXPECT_EQ(as_f32.back(), -77.0f);
+      EXPECT_EQ(as_bf16.back(), 0xdead);
+    }
+  }
+}
+
+TEST(Checkpoint, RefusesFp8WithoutItsScales) {
+  const testing::TempFolder folder;
+  Json config = TinyConfig();
+  folder.Write("config.json", config.dump());
+  const auto write = [&](const Json& header) {
+    folder.Write("model.safetensors", testing::Safetensors(header, std::string(12, '\0')));
+  };
+  const auto error = [&] {
+    return ErrorOf([&] {
+      float values[8];
+      OpenCheckpoint(folder.path())->Read("a.weight", 0, 2, 0, 4, DType::kF32, values);
+    });
+  };
+  Json header = {{"a.weight", Entry("F8_E4M3", {2, 4}, 0, 8)}, {"a.weight_scale_inv", Entry("F32", {1}, 8, 12)}};
+  write(header);
+  EXPECT_TRUE(Mentions(error(), "tensor a.weight has type F8_E4M3, but config.json has no quantization_config"));
+  config["quantization_config"] = {{"quant_method", "fp8"}, {"weight_block_size", {2, 4}}};
+  folder.Write("config.json", config.dump());
+  EXPECT_TRUE(Mentions(error(), "tensor a.weight_scale_inv has shape [1]"));
+  header["a.weight_scale_inv"]["shape"] = {1, 1};
+  write(header);
+  EXPECT_EQ(error(), "");
+  header["b.weight_scale_inv"] = header["a.weight_scale_inv"];
+  header.erase("a.weight_scale_inv");
+  write(header);
+  EXPECT_TRUE(Mentions(error(), "tensor a.weight_scale_inv is missing in"));
 }
 
 // A folder of two shards; the tests break one thing each.

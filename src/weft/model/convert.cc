@@ -32,4 +32,13 @@ void ConvertValues(DType from, const void* src, DType to, void* dst, int64_t n) 
   }
 }
 
+void ConvertFp8E4m3(const uint8_t* src, float scale, DType to, void* dst, int64_t n) {
+  WEFT_CHECK(to == DType::kF32 || to == DType::kBF16, "to {}", NameOf(to));
+  if (to == DType::kF32) {
+    Map<uint8_t, float>(src, dst, n, [scale](uint8_t x) { return Fp8E4m3ToFloat(x) * scale; });
+  } else {
+    Map<uint8_t, bf16>(src, dst, n, [scale](uint8_t x) { return ToBf16(Fp8E4m3ToFloat(x) * scale); });
+  }
+}
+
 }  // namespace weft

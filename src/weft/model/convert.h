@@ -22,6 +22,17 @@ inline float HalfToFloatFast(uint16_t half) {
   return std::bit_cast<float>(sign | bits);
 }
 
+// OCP FP8 E4M3 (1 sign, 4 exponent, 3 mantissa bits; bias 7, no infinities, 0x7f and 0xff are NaN), as above.
+inline float Fp8E4m3ToFloat(uint8_t fp8) {
+  const uint32_t sign = static_cast<uint32_t>(fp8 & 0x80u) << 24;
+  const uint32_t magnitude = fp8 & 0x7fu;
+  const uint32_t normal = (magnitude << 20) + (120u << 23);  // the exponent's bias: 7 -> 127
+  const uint32_t subnormal =                                 // mantissa * 2^-9
+      std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+  const uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u : magnitude < 8u ? subnormal : normal;
+  return std::bit_cast<float>(sign | bits);
+}
+
 // A little-endian value at any address.
 template <typename T>
 T LoadUnaligned(const void* from) {
@@ -33,5 +44,8 @@ T LoadUnaligned(const void* from) {
 
 // n stored values of type `from` (kF32, kBF16, kF16) at any address to `to` (kF32 or kBF16; rounded to nearest even).
 void ConvertValues(DType from, const void* src, DType to, void* dst, int64_t n);
+
+// n values of FP8 E4M3 times `scale` (the product in f32) to `to` (kF32 or kBF16; rounded to nearest even).
+void ConvertFp8E4m3(const uint8_t* src, float scale, DType to, void* dst, int64_t n);
 
 }  // namespace weft

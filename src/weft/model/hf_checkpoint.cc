@@ -40,14 +40,14 @@ class HfCheckpoint : public Checkpoint {
   std::vector<int64_t> Shape(std::string_view name) const override { return Find(name).tensor->shape; }
 
   DType NaturalDType(std::string_view name) const override {
-    return FloatType(name, Find(name)) == DType::kBF16 ? DType::kBF16 : DType::kF32;
+    const Location at = Find(name);
+    return !IsFp8(at) && FloatType(name, at) == DType::kBF16 ? DType::kBF16 : DType::kF32;
   }
 
   void Read(std::string_view name, int64_t row0, int64_t rows, int64_t col0, int64_t cols, DType dtype,
             void* dst) const override {
     const Location at = Find(name);
     const SafetensorsTensor& tensor = *at.tensor;
-    const DType stored = FloatType(name, at);
     if (tensor.shape.empty() || tensor.shape.size() > 2) {
       Throw("{}: tensor {} has {} dimensions; vectors and matrices are read", at.file->path(), name,
             tensor.shape.size());
@@ -55,6 +55,11 @@ class HfCheckpoint : public Checkpoint {
     const int64_t all_rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1;
     const int64_t all_cols = tensor.shape.back();
     CheckSlice(name, all_rows, all_cols, row0, rows, col0, cols);
+    if (IsFp8(at)) {
+      ReadFp8(name, at, row0, rows, col0, cols, dtype, static_cast<uint8_t*>(dst));
+      return;
+    }
+    const DType stored = FloatType(name, at);
     const auto width = static_cast<int64_t>(SizeOf(stored));
     const uint8_t* src = tensor.data + (row0 * all_cols + col0) * width;
     if (cols == all_cols) {  // whole rows lie together
@@ -73,6 +78,50 @@ class HfCheckpoint : public Checkpoint {
   int64_t total_bytes() const override { return total_bytes_; }
 
  private:
+  // FP8 values times the scales of their blocks, which a tensor beside them holds.
+  void ReadFp8(std::string_view name, const Location& at, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+               DType dtype, uint8_t* dst) const {
+    if (!config_.fp8_blocks) {
+      Throw("{}: tensor {} has type F8_E4M3, but config.json has no quantization_config of quant_method fp8",
+            at.file->path(), name);
+    }
+    const SafetensorsTensor& tensor = *at.tensor;
+    const Fp8Blocks& block = *config_.fp8_blocks;
+    const int64_t all_rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1;
+    const int64_t all_cols = tensor.shape.back();
+    const int64_t scale_cols = (all_cols + block.cols - 1) / block.cols;
+    const std::string scale_name = std::string(name) + "_scale_inv";
+    const Location scales = Find(scale_name);
+    const std::vector<int64_t> want = {(all_rows + block.rows - 1) / block.rows, scale_cols};
+    if (scales.tensor->shape != want) {
+      Throw("{}: tensor {} has shape [{}], but {} blocks of {} x {} of {} ask for [{}]", scales.file->path(),
+            scale_name, fmt::join(scales.tensor->shape, ", "), want[0] * want[1], block.rows, block.cols, name,
+            fmt::join(want, ", "));
+    }
+    const DType scale_type = FloatType(scale_name, scales);
+    const auto scale_width = static_cast<int64_t>(SizeOf(scale_type));
+
+    const uint8_t* src = tensor.data + row0 * all_cols;
+    if (cols == all_cols && rows * cols >= kReadAheadBytes) ReadAhead(src, rows * cols);
+    const int64_t first = col0 / block.cols;
+    std::vector<float> scale_row(static_cast<size_t>((col0 + cols + block.cols - 1) / block.cols - first));
+    int64_t loaded = -1;  // the row of blocks that scale_row is of
+    for (int64_t row = row0; row < row0 + rows; ++row, src += all_cols) {
+      if (row / block.rows != loaded) {
+        loaded = row / block.rows;
+        ConvertValues(scale_type, scales.tensor->data + (loaded * scale_cols + first) * scale_width, DType::kF32,
+                      scale_row.data(), static_cast<int64_t>(scale_row.size()));
+      }
+      for (int64_t col = col0; col < col0 + cols;) {
+        const int64_t at_block = col / block.cols;
+        const int64_t n = std::min(col0 + cols, (at_block + 1) * block.cols) - col;
+        ConvertFp8E4m3(src + col, scale_row[static_cast<size_t>(at_block - first)], dtype, dst, n);
+        dst += static_cast<size_t>(n) * SizeOf(dtype);
+        col += n;
+      }
+    }
+  }
+
   static constexpr const char* kIndex = "model.safetensors.index.json";
 
   std::string PathOf(const std::string& file) const { return (fs::path(folder_) / file).string(); }
@@ -155,10 +204,12 @@ class HfCheckpoint : public Checkpoint {
         files_.size() == 1 ? files_[0]->path() : fmt::format("the {} safetensors files of {}", files_.size(), folder_));
   }
 
+  static bool IsFp8(const Location& at) { return at.tensor->dtype == "F8_E4M3"; }
+
   static DType FloatType(std::string_view name, const Location& at) {
     const auto type = at.tensor->type();
     if (type == DType::kF32 || type == DType::kBF16 || type == DType::kF16) return *type;
-    Throw("{}: tensor {} has type {}; F32, F16 and BF16 can be read", at.file->path(), name, at.tensor->dtype);
+    Throw("{}: tensor {} has type {}; F32, F16, BF16 and F8_E4M3 can be read", at.file->path(), name, at.tensor->dtype);
   }
 
   std::string folder_;

@@ -19,7 +19,9 @@ struct BuiltEngine {
   cp::ParallelConfig parallel;
   std::shared_ptr<const Tokenizer> tokenizer;  // null with --skip-tokenizer-init
   SamplingDefaults sampling;                   // for what a request leaves out
+  // Null in all but the first of several processes: they have done their part by then, and nothing is left to do.
   std::unique_ptr<LLMEngine> engine;
+  bool several_processes = false;
 };
 
 struct BuildOptions {
@@ -34,7 +36,8 @@ cp::ParallelConfig ParallelConfigOf(const EngineArgs& args);
 // --pcp-min-tokens, 0 for auto. Throws weft::Error.
 int64_t PcpMinTokensOf(const EngineArgs& args);
 
-// Throws weft::Error.
+// Throws weft::Error. Collective where mpirun has started several processes: returns in the others when process 0 lets
+// them go.
 BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options = {});
 
 // The longest sequence that the model's positions are made for, with what its rope scaling adds.

@@ -42,6 +42,7 @@ class Chat : public Command {
     InitLogging(args_.log_level);
     if (args_.skip_tokenizer_init) Throw("--skip-tokenizer-init: a chat needs a tokenizer");
     built_ = BuildEngine(args_, {.progress = isatty(STDERR_FILENO) != 0});
+    if (built_.engine == nullptr) return 0;
     if (!built_.tokenizer->has_chat_template()) {
       Throw("{}: has no chat template, so it is no chat model; see weft generate", args_.model);
     }

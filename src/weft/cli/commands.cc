@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <iostream>
 
+#include "weft/cli/multi_process.h"
 #include "weft/core/error.h"
 #include "weft/core/log.h"
 
@@ -93,11 +94,13 @@ int Main(const std::vector<std::string>& args) {
   try {
     const int status = Dispatch(args);
     std::cout.flush();
-    return status;
+    return FinishProcesses(status);
   } catch (const std::exception& e) {
     std::cout.flush();
-    std::fprintf(stderr, "weft: error: %s\n", e.what());
-    return 1;
+    const int process = LaunchedProcessIndex();
+    const std::string which = process > 0 ? fmt::format(" [process {}]", process) : "";
+    std::fprintf(stderr, "weft%s: error: %s\n", which.c_str(), e.what());
+    return FinishProcesses(1, e.what());
   }
 }
 

@@ -12,6 +12,7 @@
 #include "weft/cli/output_queue.h"
 #include "weft/cli/sampling_args.h"
 #include "weft/core/log.h"
+#include "weft/parallel/processes.h"
 
 namespace weft::cli {
 namespace {
@@ -62,11 +63,12 @@ class Generate : public Command {
     InitLogging(args_.log_level);
     const int sources = !prompts_.empty() + prompt_file_.has_value() + !token_ids_.empty();
     if (sources > 1) Throw("--prompt, --prompt-file and --prompt-token-ids exclude each other");
-    if (sources == 0 || (prompt_file_ && *prompt_file_ == "-")) {
+    // Of several processes the first one alone has the standard input, and needs the prompts.
+    if (LaunchedProcessIndex() == 0 && (sources == 0 || (prompt_file_ && *prompt_file_ == "-"))) {
       std::string text = ReadAll(std::cin);
       if (text.ends_with('\n')) text.pop_back();
       prompts_ = {std::move(text)};
-    } else if (prompt_file_) {
+    } else if (prompt_file_ && LaunchedProcessIndex() == 0) {
       std::ifstream file(*prompt_file_, std::ios::binary);
       if (!file) Throw("--prompt-file = {}: cannot read this file", *prompt_file_);
       prompts_ = {ReadAll(file)};
@@ -79,6 +81,7 @@ class Generate : public Command {
 
     std::vector<std::unique_ptr<OutputQueue>> queues;  // outlive the engine, also when an error is thrown
     BuiltEngine built = BuildEngine(args_, {.progress = isatty(STDERR_FILENO) != 0});
+    if (built.engine == nullptr) return 0;
     for (const std::string& prompt : prompts_) tokens.push_back(Encode(built, prompt));
     const SamplingParams params = MakeSamplingParams(sampling_, built.sampling);
 

@@ -1,11 +1,17 @@
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <sstream>
+#include <thread>
 
 #include "weft/cli/build_engine.h"
 #include "weft/cli/commands.h"
 #include "weft/core/log.h"
+#include "weft/parallel/processes.h"
 #include "weft/server/server.h"
 
 namespace weft::cli {
@@ -22,6 +28,31 @@ std::string ReadTemplate(const std::string& given) {
   std::ostringstream text;
   text << file.rdbuf();
   return text.str();
+}
+
+// Clients get their errors, and whoever asks /health gets a 503, before the processes end.
+constexpr auto kTimeToTell = std::chrono::seconds(5);
+// Then the server has so long to close its connections.
+constexpr auto kTimeToStop = std::chrono::seconds(3);
+
+// Stops the server a while after the engine has failed: true; false when it is stopped before that.
+bool EndAfterFailure(const std::stop_token& stop, const Engine& engine, Server& server) {
+  std::mutex mutex;
+  std::condition_variable_any wake;
+  std::unique_lock lock(mutex);
+  const auto never = [] { return false; };
+  while (engine.Failure().empty()) {
+    wake.wait_for(lock, stop, std::chrono::milliseconds(100), never);
+    if (stop.stop_requested()) return false;
+  }
+  spdlog::critical("All processes will end in {} s", kTimeToTell.count());
+  wake.wait_for(lock, stop, kTimeToTell, never);
+  std::thread([] {
+    std::this_thread::sleep_for(kTimeToStop);
+    ExitAfterFailure(true);
+  }).detach();
+  server.Stop();
+  return true;
 }
 
 class Serve : public Command {
@@ -77,12 +108,21 @@ class Serve : public Command {
     BuiltEngine built = BuildEngine(args_, {.log_requests = log_requests_,
                                             .log_stats_interval_s = disable_log_stats_ ? 0.0 : 10.0,
                                             .max_num_queued_reqs = max_queued_});
+    if (built.engine == nullptr) return 0;
     server_.model_root = built.path;
     server_.default_sampling = built.sampling;
+    std::atomic<bool> failed = false;
     {
       Server server(server_, *built.engine, built.tokenizer);
+      // A single process stays, with its /health at 503, for whoever looks after it to restart. Of several some may be
+      // gone already: they end together.
+      std::jthread end;
+      if (built.several_processes) {
+        end = std::jthread([&](std::stop_token stop) { failed = EndAfterFailure(stop, *built.engine, server); });
+      }
       server.Run();
     }
+    if (failed) return 1;
     // Requests have had their time by now. From here on a further signal ends the process as it is.
     built.engine->Shutdown(0);
     spdlog::info("Stopped");

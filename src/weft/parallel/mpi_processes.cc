@@ -102,6 +102,7 @@ void ExitAfterFailure(bool all) {
 MpiProcesses::MpiProcesses(MPI_Comm comm) : comm_(comm), next_tag_(kFirstGroupTag) {
   MPI_Comm_rank(comm, &rank_);
   MPI_Comm_size(comm, &size_);
+  dead_ = std::vector<std::atomic<bool>>(static_cast<size_t>(size_));
 
   {
     const std::lock_guard lock(MpiLock());
@@ -191,6 +192,7 @@ std::string MpiProcesses::Failure() {
 void MpiProcesses::Note(int code, int peer) {
   if (code == MPI_SUCCESS) return;
   const std::string who = fmt::format("process {} ({})", peer, hosts_[static_cast<size_t>(peer)]);
+  if (IsDeath(code)) dead_[static_cast<size_t>(peer)] = true;
   SetFailure(IsDeath(code) ? who + " has died" : fmt::format("{}: {}", who, ErrorText(code)));
 }
 

@@ -9,7 +9,7 @@
 
 #include "weft/core/error.h"
 #include "weft/parallel/processes.h"
-#include "weft/parallel/spin.h"
+#include "weft/core/spin.h"
 
 namespace weft {
 
@@ -24,6 +24,7 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   bool reports_deaths() const override;
   void SetDeadline(std::optional<Clock::time_point> deadline, double limit_s) override;
   std::string Failure() override;
+  bool IsDead(int process) const override { return dead_[static_cast<size_t>(process)]; }
   void Fail(const std::string& why) override;
   void Send(int to, std::span<const std::byte> bytes) override;
   std::vector<std::byte> Receive(int from, FunctionRef<void()> idle) override;
@@ -85,6 +86,7 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   int next_tag_;
   bool oversubscribed_ = false;
   std::vector<std::string> hosts_;  // by process
+  std::vector<std::atomic<bool>> dead_;
 
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;

@@ -58,6 +58,8 @@ class Processes {
 
   // Empty while all is well. Looks at the network: a dead peer is noticed by whoever calls this from time to time.
   virtual std::string Failure() = 0;
+  // Whether this process was told by MPI that another one has died.
+  virtual bool IsDead(int process) const = 0;
   // Tells all processes.
   virtual void Fail(const std::string& why) = 0;
 

@@ -1,6 +1,7 @@
 #include "weft/runner/mpi_executor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -140,6 +141,7 @@ class MpiExecutor : public StepExecutor {
 
   StepOutput Execute(const StepPlan& plan) override {
     const std::lock_guard lock(mutex_);
+    step_began_ = Clock::now().time_since_epoch().count();
     try {
       const StepDeadline deadline(*processes_, limit_s_);
       const std::vector<std::byte> message = Message(Kind::kStep, EncodePlan(plan));
@@ -149,8 +151,10 @@ class MpiExecutor : public StepExecutor {
         for (auto& rank : DecodeOutputs(processes_->Receive(p))) outputs.push_back(std::move(rank));
       }
       last_heard_ = Clock::now();
+      step_began_ = 0;
       return MergeOutputs(plan, std::move(outputs));
     } catch (...) {
+      step_began_ = 0;
       processes_->Fail(fmt::format("process 0: {}", Describe(std::current_exception())));
       throw Error(processes_->Failure(), ErrorKind::kInternal);  // the first reason, which may be another
     }
@@ -175,7 +179,14 @@ class MpiExecutor : public StepExecutor {
       if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
         failure = processes_->Failure();
         if (failure.empty() && Clock::now() - last_heard_ > kPingInterval) failure = Ping();
-      }  // else a step is running, which finds out by itself
+      } else if (const int64_t began = step_began_; began != 0) {
+        // A step finds out by itself when others do not answer. When a rank of this process hangs nobody asks.
+        const auto running = Clock::now() - Clock::time_point(Clock::duration(began));
+        if (running > std::chrono::duration<double>(limit_s_) + kPingInterval) {
+          failure = fmt::format("process 0 has not ended a step within {} s (--step-timeout)", limit_s_);
+          processes_->Fail(failure);
+        }
+      }
       if (failure.empty()) continue;
       const std::lock_guard lock(watch_mutex_);
       if (listener_) listener_(failure);
@@ -202,6 +213,7 @@ class MpiExecutor : public StepExecutor {
 
   std::mutex mutex_;  // held by who talks with the followers: a step, or a ping
   Clock::time_point last_heard_;
+  std::atomic<int64_t> step_began_{0};  // of Clock; 0: none is running
 
   std::mutex watch_mutex_;
   std::condition_variable wake_;

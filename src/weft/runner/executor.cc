@@ -33,6 +33,7 @@ void ValidateLayout(const cp::ParallelConfig& parallel, const ModelConfig& confi
 std::unique_ptr<StepExecutor> MakeThreadExecutor(const ExecutorOptions& options,
                                                  std::shared_ptr<const Checkpoint> checkpoint) {
   ValidateLayout(options.parallel, checkpoint->config());
+  WEFT_CHECK(options.parallel.data_parallel == 1, "one executor is one replica");
   return std::make_unique<ThreadExecutor>(options, std::move(checkpoint));
 }
 

@@ -43,8 +43,8 @@ void ValidateLayout(const cp::ParallelConfig& parallel, const ModelConfig& confi
 // Bytes of KV cache, over all ranks, that one virtual block takes.
 int64_t VirtualBlockBytes(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype);
 
-// Loads the weights, makes the ranks and their KV caches. Throws weft::Error: an illegal layout, a missing tensor, too
-// little memory for a single block.
+// Loads the weights, makes the ranks and their KV caches. One replica (data_parallel = 1): see replicas.h. Throws
+// weft::Error: an illegal layout, a missing tensor, too little memory for a single block.
 std::unique_ptr<StepExecutor> MakeThreadExecutor(const ExecutorOptions& options,
                                                  std::shared_ptr<const Checkpoint> checkpoint);
 

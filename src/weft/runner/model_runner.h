@@ -19,7 +19,9 @@ class ModelRunner {
 
   // Collective over all ranks, each with the same plan and table. Gives what this rank found out: the rows of the
   // requests whose logits it looked at (TP rank 0 only; requests may turn up on several PCP ranks, see MergeOutputs).
-  std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table);
+  // Replicas that share experts step together, those without requests with an empty plan; `most_rows` is then MostRows
+  // over all of them.
+  std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table, int64_t most_rows = 0);
 
  private:
   void CopyBlocks(const StepPlan& plan);

@@ -32,6 +32,13 @@ bool GathersQ(const BatchOptions& options, int32_t shards, const RequestStep& st
   return false;
 }
 
+// The step's tokens, by PCP rank that runs it.
+auto Deal(const StepPlan& plan, const BatchOptions& options) {
+  std::vector<cp::QueryItem> items;
+  for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
+  return cp::DealQueries(items, options.costs, IsSolo(plan, options) ? 1 : options.parallel.prefill_context_parallel);
+}
+
 }  // namespace
 
 cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
@@ -39,7 +46,7 @@ cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
 }
 
 bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
-  if (options.parallel.prefill_context_parallel == 1) return false;
+  if (options.parallel.prefill_context_parallel == 1 || options.solo_max_tokens == 0) return false;
   int64_t tokens = 0;
   for (const RequestStep& step : plan.requests) {
     if (step.prefill && step.tokens >= options.costs.min_tokens_to_cut) return false;
@@ -49,20 +56,27 @@ bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
   return tokens <= options.solo_max_tokens;
 }
 
+int64_t MostRows(const StepPlan& plan, const BatchOptions& options) {
+  int64_t most = 0;
+  for (const auto& of_rank : Deal(plan, options)) {
+    int64_t rows = 0;
+    for (const cp::DealtChunk& dealt : of_rank) rows += dealt.chunk.tokens;
+    most = std::max(most, rows);
+  }
+  return most;
+}
+
 RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
                         const cp::RankCoord& coord) {
   const cp::ParallelConfig& parallel = options.parallel;
   const cp::KvLayout layout = LayoutOf(parallel);
   const int32_t pcp_size = parallel.prefill_context_parallel;
   const int32_t dcp_size = parallel.decode_context_parallel;
-  std::vector<cp::QueryItem> items;
-  for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
-
   RankBatch batch;
   ForwardBatch& f = batch.forward;
   f.solo = IsSolo(plan, options);
   const int32_t working = f.solo ? 1 : pcp_size;  // PCP ranks that run the step
-  const auto dealt = cp::DealQueries(items, options.costs, working);
+  const auto dealt = Deal(plan, options);
   // Over the PCP ranks, too, or over each one's DCP group alone: replicas, or one rank for all.
   const bool pcp_shards = layout.shards > dcp_size;
   const bool pcp_exchanges = pcp_shards && !f.solo;

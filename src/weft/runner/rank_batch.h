@@ -53,6 +53,9 @@ cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel);
 // Whether PCP rank 0 runs this step alone.
 bool IsSolo(const StepPlan& plan, const BatchOptions& options);
 
+// The most rows that any rank of the replica has in this step; 0 where there is no request.
+int64_t MostRows(const StepPlan& plan, const BatchOptions& options);
+
 // Pure: every rank derives its own part, and what it must know of its peers', from the plan (after
 // `table.Apply(plan)`). The block tables in the result are views of `table`'s.
 RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,

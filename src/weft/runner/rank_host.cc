@@ -6,6 +6,7 @@
 #include "weft/core/error.h"
 #include "weft/core/log.h"
 #include "weft/model/progress.h"
+#include "weft/runner/random.h"
 #include "weft/runner/step_costs.h"
 
 namespace weft {
@@ -55,20 +56,22 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
                      .exchange = options.exchange,
                      .mla = config_.mla.has_value(),
                      .solo_max_tokens = options.solo_max_tokens},
-      table_(options.seed),
       num_blocks_(options.num_blocks),
       on_failure_(std::move(on_failure)) {
   const cp::ParallelConfig& parallel = options.parallel;
-  WEFT_CHECK(parallel.data_parallel == 1, "one executor is one replica");
   WEFT_CHECK(!here_.empty());
+  for (int i = 0; i < parallel.data_parallel; ++i) {
+    // Requests of different replicas have the same handles, and are not to draw the same numbers.
+    tables_.emplace_back(i == 0 ? options.seed : MixBits(options.seed ^ MixBits(static_cast<uint64_t>(i))));
+  }
   // One rank works for its PCP group where it can write to all of its caches and has all experts.
   if (options.stream || parallel.expert_parallel || here_.size() < groups_.size()) batch_options_.solo_max_tokens = 0;
   if (num_blocks_ == 0) {
     const int64_t block_bytes = VirtualBlockBytes(config_, parallel, options.kv_dtype);
-    num_blocks_ = options.kv_cache_bytes / block_bytes;
+    num_blocks_ = options.kv_cache_bytes / (block_bytes * parallel.data_parallel);
     if (num_blocks_ < 1) {
       Throw("--kv-cache-memory {}: one block of KV cache over all ranks takes {} bytes", options.kv_cache_bytes,
-            block_bytes);
+            block_bytes * parallel.data_parallel);
     }
   }
   WEFT_CHECK(num_blocks_ >= 1 && num_blocks_ <= INT32_MAX);
@@ -81,13 +84,15 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
   rope_ = std::make_shared<RopeCache>(config_.rope, config_.rotary_dim, positions);
 
   ranks_.resize(here_.size());
-  threads_ = std::make_unique<RankThreads>(count, [this] { AbortAll(groups_); });
+  MakeTeams();
   // On its own thread, so that a rank's memory is touched first, and its pool pinned, where it runs.
   // Pinned where they are as many as the CPUs that this process may use; with fewer, another process's ranks would be
   // pinned to the same first CPUs.
   fits_ = static_cast<size_t>(count * threads_per_rank_) <= cpus.size();
   const bool pin = static_cast<size_t>(count * threads_per_rank_) == cpus.size();
-  RunOnAll([&](int index) { MakeRank(index, pin ? cpus : std::vector<int>{}); });
+  for (Team& team : teams_) {
+    RunOnAll(team, [&](int index) { MakeRank(index, pin ? cpus : std::vector<int>{}); });
+  }
   const auto world = static_cast<int>(groups_.size());
   spdlog::info("{}{} rank{} x {} thread{}{}, kernels {} ({}), {} virtual blocks of {} tokens",
                count < world ? fmt::format("{} of ", count) : "", world, world == 1 ? "" : "s", threads_per_rank_,
@@ -97,13 +102,28 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
 
 RankHost::~RankHost() {
   // Ranks are torn down where they were made.
-  if (threads_) threads_->RunOnAll([this](int index) { ranks_[static_cast<size_t>(index)].reset(); });
+  for (Team& team : teams_) {
+    team.threads->RunOnAll([&](int i) { ranks_[static_cast<size_t>(team.first + i)].reset(); });
+  }
 }
 
-void RankHost::RunOnAll(FunctionRef<void(int)> f) {
-  threads_->RunOnAll([&](int index) {
+void RankHost::MakeTeams() {
+  const int count = static_cast<int>(here_.size());
+  // Replicas that share nothing but weights have their own pace, where all of their ranks are here.
+  const bool together = options_.parallel.expert_parallel || here_.size() < groups_.size();
+  const int size = together ? count : count / options_.parallel.data_parallel;
+  for (int first = 0; first < count; first += size) {
+    const auto abort = [this, first, size] {
+      for (int index = first; index < first + size; ++index) GroupsOf(index).Abort();
+    };
+    teams_.push_back({first, std::make_unique<RankThreads>(size, abort)});
+  }
+}
+
+void RankHost::RunOnAll(Team& team, FunctionRef<void(int)> f) {
+  team.threads->RunOnAll([&](int i) {
     try {
-      f(index);
+      f(team.first + i);
     } catch (const std::exception& e) {
       if (on_failure_) on_failure_(e.what());
       throw;
@@ -111,16 +131,50 @@ void RankHost::RunOnAll(FunctionRef<void(int)> f) {
   });
 }
 
-std::vector<std::vector<RowOutput>> RankHost::Step(const StepPlan& plan) {
-  table_.Apply(plan);
-  std::vector<std::vector<RowOutput>> outputs(ranks_.size());
-  if (plan.requests.empty()) return outputs;
-  const bool solo = IsSolo(plan, batch_options_);
-  RunOnAll([&](int index) {
-    if (solo && GroupsOf(index).coord.pcp != 0) return;
-    outputs[static_cast<size_t>(index)] = ranks_[static_cast<size_t>(index)]->runner->Step(plan, table_);
-  });
+RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
+  WEFT_CHECK(plans.size() == tables_.size());
+  static const StepPlan kNothing;
+  std::vector<const StepPlan*> work(plans.begin(), plans.end());  // not null
+  std::vector<bool> solo(plans.size());
+  int64_t most_rows = 0;
+  size_t given = 0;
+  size_t last = 0;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    if (work[i] == nullptr) {
+      work[i] = &kNothing;
+      continue;
+    }
+    ++given;
+    last = i;
+    tables_[i].Apply(*work[i]);
+    solo[i] = IsSolo(*work[i], batch_options_);
+    most_rows = std::max(most_rows, MostRows(*work[i], batch_options_));
+  }
+  WEFT_CHECK(steps_together() || given == 1, "{} plans for replicas that step alone", given);
+  // By rank here; each rank's place is there before the threads write.
+  std::vector<std::vector<RowOutput>> found(ranks_.size());
+  const auto idle = [](const StepPlan* plan) { return plan->requests.empty(); };
+  const auto step = [&](int index) {
+    const cp::RankCoord& coord = GroupsOf(index).coord;
+    const auto replica = static_cast<size_t>(coord.dp);
+    // Only where experts are shared does a replica without rows have a part in the others' step.
+    if (idle(work[replica]) && !options_.parallel.expert_parallel) return;
+    if (solo[replica] && coord.pcp != 0) return;
+    found[static_cast<size_t>(index)] =
+        ranks_[static_cast<size_t>(index)]->runner->Step(*work[replica], tables_[replica], most_rows);
+  };
+  if (!std::ranges::all_of(work, idle)) RunOnAll(teams_[steps_together() ? 0 : last], step);
+  Outputs outputs(plans.size());
+  for (size_t index = 0; index < found.size(); ++index) {
+    const auto replica = static_cast<size_t>(GroupsOf(static_cast<int>(index)).coord.dp);
+    outputs[replica].push_back(std::move(found[index]));
+  }
   return outputs;
+}
+
+std::vector<std::vector<RowOutput>> RankHost::Step(const StepPlan& plan) {
+  const StepPlan* const plans[] = {&plan};
+  return std::move(Step(plans).front());
 }
 
 void RankHost::LoadAllWeights(const Checkpoint& checkpoint, int threads) {

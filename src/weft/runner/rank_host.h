@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -29,8 +30,17 @@ class RankHost {
   RankHost(const RankHost&) = delete;
   RankHost& operator=(const RankHost&) = delete;
 
-  // The step of all ranks that live here; what each found out. Collective over the world. Throws what the first rank
-  // that failed threw: the groups are aborted then.
+  // By replica, what each of its ranks that live here found out.
+  using Outputs = std::vector<std::vector<std::vector<RowOutput>>>;
+
+  // Whether the replicas can only step together: they share experts, or processes.
+  bool steps_together() const { return teams_.size() == 1; }
+  // One step. plans[i]: what replica i does, null: nothing. Where the replicas step together all ranks that live here
+  // take part, and this is collective over the world; else exactly one plan is given, its replica's ranks alone take
+  // part, and other replicas may be stepped at the same time. Throws what the first rank that failed threw: the groups
+  // of all ranks that took part are aborted then.
+  Outputs Step(std::span<const StepPlan* const> plans);
+  // Of a single replica.
   std::vector<std::vector<RowOutput>> Step(const StepPlan& plan);
 
   int64_t num_blocks() const { return num_blocks_; }
@@ -43,8 +53,15 @@ class RankHost {
     std::unique_ptr<ModelRunner> runner;
   };
 
-  // Runs f(index) for each rank on its thread.
-  void RunOnAll(FunctionRef<void(int index)> f);
+  // Ranks that step together.
+  struct Team {
+    int first = 0;  // the first one's index, the others follow
+    std::unique_ptr<RankThreads> threads;
+  };
+
+  void MakeTeams();
+  // Runs f(index) for each rank of a team on its thread.
+  void RunOnAll(Team& team, FunctionRef<void(int index)> f);
   void LoadAllWeights(const Checkpoint& checkpoint, int threads);
   // The CPUs of a rank's threads; none where there are not enough to pin. `index` is a rank's place in this process.
   std::vector<int> CpusOf(const std::vector<int>& cpus, int index) const;
@@ -58,7 +75,7 @@ class RankHost {
   std::vector<RankGroups> groups_;  // by rank of the world
   std::vector<int> here_;           // the ranks that live here, ascending; an index into this is what follows
   BatchOptions batch_options_;
-  RequestTable table_;
+  std::vector<RequestTable> tables_;  // by replica
   int64_t num_blocks_;
   int threads_per_rank_ = 1;
   bool fits_ = false;                                          // every rank's threads can have CPUs of their own
@@ -67,7 +84,7 @@ class RankHost {
   std::shared_ptr<const RopeCache> rope_;
   std::function<void(const std::string&)> on_failure_;
   std::vector<std::unique_ptr<Rank>> ranks_;
-  std::unique_ptr<RankThreads> threads_;
+  std::vector<Team> teams_;  // one of all ranks here; or one for each replica
 };
 
 }  // namespace weft

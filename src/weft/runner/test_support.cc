@@ -1,6 +1,7 @@
 #include "weft/runner/test_support.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -144,9 +145,8 @@ cp::ModelHeads HeadsOf(const SmallModel& model) {
 std::vector<DrivenResult> Drive(StepExecutor& executor, const cp::ParallelConfig& parallel,
                                 const std::vector<DrivenRequest>& requests, const DriveOptions& options,
                                 std::mt19937_64& rng) {
-  static RequestHandle next_handle = 1;
-  const RequestHandle base = next_handle;
-  next_handle += requests.size();
+  static std::atomic<RequestHandle> next_handle = 1;
+  const RequestHandle base = next_handle.fetch_add(requests.size());
   const cp::KvLayout layout = LayoutOf(parallel);
   auto chance = [&](double p) { return std::uniform_real_distribution<>(0, 1)(rng) < p; };
   auto below = [&](int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(rng); };

@@ -340,6 +340,23 @@ TEST(Checkpoint, RefusesAnIncompleteFolderNamingTheFile) {
   EXPECT_TRUE(Mentions(ErrorOf([&] { OpenCheckpoint(text); }), "neither"));
 }
 
+TEST(Checkpoint, NamesTheShardThatIsMissing) {
+  const Sharded sharded;
+  const testing::TempFolder folder;
+  folder.Write("config.json", TinyConfig().dump());
+  const std::string one = testing::ReadAll(sharded.folder.path("one.safetensors"));
+  const std::string two = testing::ReadAll(sharded.folder.path("two.safetensors"));
+  const auto error = [&] { return ErrorOf([&] { OpenCheckpoint(folder.path()); }); };
+  folder.Write("model-00001-of-00002.safetensors", one);
+  EXPECT_TRUE(Mentions(error(), "model-00002-of-00002.safetensors: is missing"));  // without an index, by its name
+  folder.Write("model.safetensors.index.json", R"({"weight_map": {"a": "model-00001-of-00002.safetensors",
+                                                                  "b": "model-00002-of-00002.safetensors"}})");
+  EXPECT_TRUE(Mentions(error(), "model-00002-of-00002.safetensors: is missing"));
+  folder.Write("model-00002-of-00002.safetensors", two);
+  std::filesystem::remove(folder.path("model.safetensors.index.json"));
+  EXPECT_EQ(error(), "");
+}
+
 TEST(Checkpoint, MergesOverridesAndGenerationConfig) {
   const Sharded sharded;
   sharded.folder.Write("generation_config.json", R"({"eos_token_id": [2, 9]})");

@@ -396,6 +396,42 @@ TEST(ModelConfig, Overrides) {
   EXPECT_EQ(ParseModelConfig(changed).rope.theta, 500000.0);
 }
 
+TEST(ModelConfig, OverridesOfLatentsAndExperts) {
+  const auto parsed = [](const char* golden, const Json& overrides) {
+    Json config = Golden(golden);
+    ApplyConfigOverrides(overrides, config);
+    return ParseModelConfig(config);
+  };
+  // A rope_scaling replaces the whole of the file's.
+  const Json yarn = {{"type", "yarn"},        {"factor", 8.0},         {"original_max_position_embeddings", 32},
+                     {"mscale", 0.5},         {"mscale_all_dim", 0.9}, {"beta_fast", 16.0},
+                     {"attention_factor", 1}, {"beta_slow", 2.0}};
+  for (const char* golden : {"deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3", "qwen3_moe"}) {
+    const ModelConfig c = parsed(golden, {{"rope_scaling", yarn}, {"rope_theta", 777.0}});
+    EXPECT_EQ(c.rope.type, RopeConfig::Type::kYarn);
+    EXPECT_EQ(c.rope.theta, 777.0);
+    EXPECT_EQ(c.rope.factor, 8.0);
+    EXPECT_EQ(c.rope.original_max_position, 32);
+    EXPECT_EQ(c.rope.mscale, 0.5);
+    EXPECT_EQ(c.rope.beta_fast, 16.0);
+    EXPECT_EQ(c.rope.attention_factor, 1.0);
+    // mscale_all_dim is on DeepSeek's scores only.
+    const double mscale = c.mla ? 0.1 * 0.9 * std::log(8.0) + 1.0 : 1.0;
+    EXPECT_NEAR(c.attention_scale() * std::sqrt(static_cast<double>(c.head_dim)), mscale * mscale, 1e-12);
+    const ModelConfig none = parsed(golden, {{"rope_scaling", nullptr}});
+    EXPECT_EQ(none.rope.type, RopeConfig::Type::kDefault);
+    EXPECT_NEAR(none.attention_scale() * std::sqrt(static_cast<double>(none.head_dim)), 1.0, 1e-12);
+    EXPECT_EQ(parsed(golden, {{"num_experts_per_tok", 1}}).moe->experts_per_token, 1);
+  }
+  const ModelConfig v3 = parsed("deepseek_v3", {{"n_group", 1}, {"topk_group", 1}, {"routed_scaling_factor", 3.5}});
+  EXPECT_EQ(v3.moe->num_groups, 1);
+  EXPECT_EQ(v3.moe->routed_scaling, 3.5);
+  const ModelConfig fp8 =
+      parsed("qwen3_moe", {{"quantization_config", {{"quant_method", "fp8"}, {"weight_block_size", {128, 64}}}}});
+  ASSERT_TRUE(fp8.fp8_blocks);
+  EXPECT_EQ(fp8.fp8_blocks->cols, 64);
+}
+
 void ExpectNear(const std::vector<double>& got, const std::vector<double>& want) {
   ASSERT_EQ(got.size(), want.size());
   for (size_t i = 0; i < got.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-13 * std::abs(want[i])) << "frequency " << i;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
+#include <regex>
 
 #include "weft/core/error.h"
 #include "weft/model/checkpoint_files.h"
@@ -180,9 +181,24 @@ class HfCheckpoint : public Checkpoint {
     }
     if (names.empty()) Throw("{}: has no *.safetensors file", folder_);
     std::sort(names.begin(), names.end());
+    for (const std::string& name : names) RequireOtherShards(name);
     for (const std::string& name : names) {
       const SafetensorsFile* file = Open(name);
       for (const auto& [tensor_name, tensor] : file->tensors()) Add(tensor_name, file, &tensor);
+    }
+  }
+
+  // "model-00002-of-00003.safetensors" says which files there must be besides, where no index does.
+  void RequireOtherShards(const std::string& name) const {
+    static const std::regex kShard("(.*-)[0-9]{5}-of-([0-9]{5})\\.safetensors");
+    std::smatch match;
+    if (!std::regex_match(name, match, kShard)) return;
+    for (int part = 1, parts = std::stoi(match[2]); part <= parts; ++part) {
+      const std::string other = fmt::format("{}{:05}-of-{:05}.safetensors", match[1].str(), part, parts);
+      if (!fs::exists(PathOf(other))) {
+        throw Error(fmt::format("{}: is missing; {} is one of {} files", PathOf(other), name, parts),
+                    ErrorKind::kNotFound);
+      }
     }
   }
 

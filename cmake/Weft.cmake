@@ -53,8 +53,9 @@ function(weft_test name)
 endfunction()
 
 # weft_mpi_test(name SOURCES ... DEPS folder ... PROCESSES 2 4 [TIMEOUT s])
-#   a program with a main of its own, run by mpirun as one test for each number of processes; label `mpi`. Where there is
-#   no MPI there is no such test.
+#   a program with a main of its own, run by mpirun as one test for each number of processes, and with two of them on two
+#   hosts (scripts/two_hosts, skipped where those cannot be made); label `mpi`. Where there is no MPI there is no such
+#   test.
 function(weft_mpi_test name)
   if(NOT WEFT_BUILD_TESTS OR NOT WEFT_HAVE_MPI)
     return()
@@ -68,6 +69,10 @@ function(weft_mpi_test name)
     add_test(NAME ${name}_${n} COMMAND ${WEFT_MPIRUN} --oversubscribe --bind-to none -n ${n} $<TARGET_FILE:${name}>)
     weft_mpi_test_properties(${name}_${n} ${A_TIMEOUT})
   endforeach()
+  add_test(NAME ${name}_two_hosts COMMAND ${CMAKE_SOURCE_DIR}/scripts/two_hosts --mpirun ${WEFT_MPIRUN}
+    mpirun --bind-to none -n 2 $<TARGET_FILE:${name}>)
+  weft_mpi_test_properties(${name}_two_hosts ${A_TIMEOUT})
+  set_tests_properties(${name}_two_hosts PROPERTIES SKIP_RETURN_CODE 77)
 endfunction()
 
 # What a test that starts mpirun needs: the right to do so as root, and alone on the machine, for it shares few cores.

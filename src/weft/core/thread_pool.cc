@@ -5,21 +5,10 @@
 #include <algorithm>
 
 #include "weft/core/error.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "weft/core/spin.h"
 
 namespace weft {
 namespace {
-
-inline void CpuRelax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // About 20 us of pauses: longer than the gap between two kernels of a layer, shorter than a scheduler's time slice.
 constexpr int kSpins = 2000;

@@ -52,7 +52,4 @@ struct Chunk {
 // 2*ranks-1-p, in this order; empty ones are dropped. With one rank the two chunks touch: callers may join them.
 std::vector<Chunk> SplitPrefill(int64_t first, int64_t tokens, int32_t ranks, int32_t rank);
 
-// The PCP rank whose chunks hold position `position` of such a split.
-int32_t PrefillRankOf(int64_t position, int64_t first, int64_t tokens, int32_t ranks);
-
 }  // namespace weft::cp

@@ -23,11 +23,4 @@ std::vector<Chunk> SplitPrefill(int64_t first, int64_t tokens, int32_t ranks, in
   return chunks;
 }
 
-int32_t PrefillRankOf(int64_t position, int64_t first, int64_t tokens, int32_t ranks) {
-  WEFT_CHECK(ranks >= 1 && position >= first && position < first + tokens,
-             "position = {}, first = {}, tokens = {}, ranks = {}", position, first, tokens, ranks);
-  const int64_t index = (position - first) / ChunkTokens(tokens, ranks);
-  return static_cast<int32_t>(std::min(index, 2 * int64_t{ranks} - 1 - index));
-}
-
 }  // namespace weft::cp

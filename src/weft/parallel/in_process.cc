@@ -6,7 +6,7 @@
 #include "weft/core/error.h"
 #include "weft/core/thread_pool.h"
 #include "weft/parallel/communicator.h"
-#include "weft/parallel/spin.h"
+#include "weft/core/spin.h"
 
 namespace weft {
 namespace {

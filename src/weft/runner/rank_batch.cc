@@ -15,21 +15,28 @@ int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int3
   return int64_t{block_table[vb]} * layout.block_tokens + layout.Offset(x);
 }
 
-// `shards`: among how many the ranks that run this step exchange.
-bool GathersQ(const BatchOptions& options, int32_t shards, const RequestStep& step) {
-  if (shards == 1 && !options.mla) return false;
-  switch (options.exchange) {
-    case ContextExchange::kGatherQ:
-      return true;
-    case ContextExchange::kGatherKv:
-      return false;
-    case ContextExchange::kAuto:
-      // By state, not by length. A decode row reads its whole context for a handful of multiplications a key: best
-      // where each key is read once, by the rank that holds it. A prefill row does far more arithmetic than reading,
-      // and its keys are in reach of every rank.
-      return !step.prefill;
+// By request of the plan: whether its rows gather Q. `shards`: among how many the ranks that run this step exchange;
+// `ranks`: PCP ranks that run it.
+std::vector<bool> GathersQ(const StepPlan& plan, const BatchOptions& options, int32_t shards, int32_t ranks) {
+  const size_t n = plan.requests.size();
+  if (shards == 1 && !options.mla) return std::vector<bool>(n, false);
+  if (options.exchange != ContextExchange::kAuto) {
+    return std::vector<bool>(n, options.exchange == ContextExchange::kGatherQ);
   }
-  return false;
+  std::vector<cp::ExchangeItem> items;
+  for (const RequestStep& step : plan.requests) {
+    // By state, never by length: a chunk of a prompt may be one token long.
+    items.push_back({.context = step.computed,
+                     .tokens = step.tokens,
+                     .cut = ranks > 1 && step.prefill && step.tokens >= options.costs.min_tokens_to_cut,
+                     .decode = !step.prefill});
+  }
+  return cp::ChooseGatherQ(items, options.attention,
+                           {.shards = shards,
+                            .dcp = options.parallel.decode_context_parallel,
+                            .pcp_ranks = ranks,
+                            .messages = options.messages},
+                           options.rates);
 }
 
 // The step's tokens, by PCP rank that runs it.
@@ -81,6 +88,7 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
   const bool pcp_shards = layout.shards > dcp_size;
   const bool pcp_exchanges = pcp_shards && !f.solo;
   const int32_t exchanging = pcp_exchanges ? layout.shards : dcp_size;
+  const std::vector<bool> gathers_q = GathersQ(plan, options, exchanging, working);
   f.local_shards = {coord.kv_shard};
   if (f.solo && pcp_shards) {
     for (int32_t pcp = 1; pcp < pcp_size; ++pcp) f.local_shards.push_back(pcp * dcp_size + coord.dcp);
@@ -96,7 +104,7 @@ RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const B
       for (const cp::DealtChunk& dealt_chunk : dealt[static_cast<size_t>(pcp)]) {
         const auto& [item, chunk] = dealt_chunk;
         const RequestStep& step = plan.requests[item];
-        if (GathersQ(options, exchanging, step) != gather_q) continue;
+        if (gathers_q[item] != gather_q) continue;
         (gather_q ? f.any_gather_q : f.any_gather_kv) = true;
         const RequestState& state = table.Get(step.handle);
         order.push_back(dealt_chunk);

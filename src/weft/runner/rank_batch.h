@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "weft/cp/deal.h"
+#include "weft/cp/exchange_cost.h"
 #include "weft/cp/grid.h"
 #include "weft/cp/layout.h"
 #include "weft/model/forward_batch.h"
@@ -15,7 +16,7 @@ namespace weft {
 
 // How rows meet the keys of other shards (--cp-context-exchange).
 enum class ContextExchange {
-  kAuto,  // prefill rows gather KV, decode rows gather Q
+  kAuto,  // what costs less (cp/exchange_cost.h); rates not known: prefill rows gather KV, decode rows gather Q
   kGatherQ,
   kGatherKv,
 };
@@ -28,6 +29,10 @@ struct BatchOptions {
   // MLA: gather-Q rows attend to the latents in absorbed form, gather-KV rows to expanded keys and values. So the
   // choice matters on a single shard, too.
   bool mla = false;
+  // What the choice by cost goes by. The same on all ranks, as everything here.
+  cp::AttentionShape attention;
+  cp::MachineRates rates = {};
+  bool messages = false;  // keys come in messages: some KV shards' memory is not shared
   // Steps of up to so many tokens in which no prompt is cut are run by PCP rank 0 with the threads of all (0: never).
   // Where PCP ranks share memory that beats dealing out a few rows: the weights are read once.
   int64_t solo_max_tokens = 0;

@@ -6,6 +6,7 @@
 #include "weft/core/error.h"
 #include "weft/core/log.h"
 #include "weft/model/progress.h"
+#include "weft/runner/measure_rates.h"
 #include "weft/runner/random.h"
 #include "weft/runner/step_costs.h"
 
@@ -55,6 +56,8 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
                      .costs = QueryCostsOf(config_, options.pcp_min_tokens),
                      .exchange = options.exchange,
                      .mla = config_.mla.has_value(),
+                     .attention = AttentionShapeOf(config_, options.parallel, options.kv_dtype),
+                     .rates = options.rates,
                      .solo_max_tokens = options.solo_max_tokens},
       num_blocks_(options.num_blocks),
       on_failure_(std::move(on_failure)) {
@@ -91,7 +94,11 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
   fits_ = static_cast<size_t>(count * threads_per_rank_) <= cpus.size();
   const bool pin = static_cast<size_t>(count * threads_per_rank_) == cpus.size();
   for (Team& team : teams_) {
-    RunOnAll(team, [&](int index) { MakeRank(index, pin ? cpus : std::vector<int>{}); });
+    RunOnAll(team, [&](int index) { MakePools(index, pin ? cpus : std::vector<int>{}); });
+  }
+  LearnRates();
+  for (Team& team : teams_) {
+    RunOnAll(team, [&](int index) { MakeRank(index); });
   }
   const auto world = static_cast<int>(groups_.size());
   spdlog::info("{}{} rank{} x {} thread{}{}, kernels {} ({}), {} virtual blocks of {} tokens",
@@ -215,8 +222,38 @@ std::vector<int> RankHost::CpusOf(const std::vector<int>& cpus, int index) const
   return {first, first + threads_per_rank_};
 }
 
-void RankHost::MakeRank(int index, const std::vector<int>& cpus) {
-  auto rank = std::make_unique<Rank>();
+void RankHost::LearnRates() {
+  const bool processes = here_.size() < groups_.size();
+  batch_options_.messages = options_.stream;
+  if (!processes && !(options_.measure_rates && options_.exchange == ContextExchange::kAuto)) return;
+  // The ranks of one team: those of the first replica, where each steps alone, speak for all.
+  RunOnAll(teams_.front(), [&](int index) {
+    const RankGroups& groups = GroupsOf(index);
+    cp::MachineRates rates = options_.rates;
+    if (options_.measure_rates) {
+      rates = MeasureRates(kernels_, batch_options_.attention, *weights_[static_cast<size_t>(groups.coord.tp)],
+                           *ranks_[static_cast<size_t>(index)]->pool, *groups.cp);
+    }
+    const bool messages = processes && AnyRank(!groups.cp->shares_memory(), *groups.world);
+    if (processes) rates = AgreeOnRates(rates, *groups.world);
+    if (index != 0) return;
+    batch_options_.rates = rates;
+    batch_options_.messages = messages || options_.stream;
+  });
+  if (options_.measure_rates) {
+    spdlog::info(
+        "measured: prefill attention {:.0f} GFLOP/s, reads {:.1f} GB/s a rank{}", batch_options_.rates.flop_per_s / 1e9,
+        batch_options_.rates.read_bytes_per_s / 1e9,
+        batch_options_.rates.exchange_bytes_per_s > 0
+            ? fmt::format(", exchange {:.2f} GB/s and {:.0f} us", batch_options_.rates.exchange_bytes_per_s / 1e9,
+                          1e6 * batch_options_.rates.latency_s)
+            : "");
+  }
+}
+
+void RankHost::MakePools(int index, const std::vector<int>& cpus) {
+  auto& rank = ranks_[static_cast<size_t>(index)];
+  rank = std::make_unique<Rank>();
   RankGroups& groups = GroupsOf(index);
   rank->pool = std::make_unique<ThreadPool>(threads_per_rank_, CpusOf(cpus, index));
   if (batch_options_.solo_max_tokens > 0 && groups.coord.pcp == 0 && groups.pcp->size() > 1) {
@@ -229,6 +266,11 @@ void RankHost::MakeRank(int index, const std::vector<int>& cpus) {
     const int threads = fits_ ? groups.pcp->size() * threads_per_rank_ : 1;
     rank->joint_pool = std::make_unique<ThreadPool>(threads, joint);
   }
+}
+
+void RankHost::MakeRank(int index) {
+  Rank* rank = ranks_[static_cast<size_t>(index)].get();
+  RankGroups& groups = GroupsOf(index);
   rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
   rank->runner = std::make_unique<ModelRunner>(
       Transformer::Options{
@@ -247,7 +289,6 @@ void RankHost::MakeRank(int index, const std::vector<int>& cpus) {
           .context_segment_tokens = options_.context_segment_tokens,
           .stream = options_.stream},
       batch_options_);
-  ranks_[static_cast<size_t>(index)] = std::move(rank);
 }
 
 std::shared_ptr<const ExpertWeights> RankHost::ExpertsOf(const cp::RankCoord& coord) const {

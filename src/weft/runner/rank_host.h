@@ -65,7 +65,10 @@ class RankHost {
   void LoadAllWeights(const Checkpoint& checkpoint, int threads);
   // The CPUs of a rank's threads; none where there are not enough to pin. `index` is a rank's place in this process.
   std::vector<int> CpusOf(const std::vector<int>& cpus, int index) const;
-  void MakeRank(int index, const std::vector<int>& cpus);
+  void MakePools(int index, const std::vector<int>& cpus);
+  // batch_options_.rates and .messages, the same in all processes.
+  void LearnRates();
+  void MakeRank(int index);
   std::shared_ptr<const ExpertWeights> ExpertsOf(const cp::RankCoord& coord) const;
   RankGroups& GroupsOf(int index) { return groups_[static_cast<size_t>(here_[static_cast<size_t>(index)])]; }
 

@@ -4,6 +4,7 @@
 #include <rapidcheck/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <map>
 #include <ostream>
@@ -110,6 +111,7 @@ class MixRun {
     options.num_blocks = blocks;
     options.max_model_len = kMaxModelLen;
     options.exchange = mix_.exchange;
+    options.rates = mix_.rates;
     options.pcp_min_tokens = mix_.pcp_min_tokens;
     options.solo_max_tokens = mix_.solo_max_tokens;
     options.stream = mix_.stream;
@@ -331,6 +333,14 @@ Mix AnyMix(size_t kind) {
   mix.weights = InRange<uint64_t>(0, 1 << 20);
   mix.parallel = layouts[InRange<size_t>(0, layouts.size())];
   mix.exchange = *rc::gen::element(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv);
+  // Of any machine, so that kAuto chooses this and that in one step; or none known.
+  const auto rate = [](double least) { return least * std::pow(10.0, InRange(0, 50) / 10.0); };
+  if (InRange(0, 4) > 0) {
+    mix.rates = {.flop_per_s = rate(1e8),
+                 .read_bytes_per_s = rate(1e8),
+                 .exchange_bytes_per_s = rate(1e7),
+                 .latency_s = rate(1e-9)};
+  }
   mix.pcp_min_tokens = *rc::gen::element<int64_t>(1, 0, 10, 40, 1000);
   mix.solo_max_tokens = *rc::gen::element<int64_t>(0, 8, 64, 256);
   mix.stream = InRange(0, 3) == 1;
@@ -359,16 +369,17 @@ std::ostream& operator<<(std::ostream& out, const Mix& mix) {
   const cp::ParallelConfig& p = mix.parallel;
   out << fmt::format(
       "{}, weights {}\n"
-      "TP {} PCP {} DCP {} interleave {} block {} {}{}, exchange {}{}, segments of {}, cut from {}, solo up to {}, {} "
-      "threads "
-      "a rank\n"
+      "TP {} PCP {} DCP {} interleave {} block {} {}{}, exchange {}{} (rates {:.2e} {:.2e} {:.2e} {:.2e}), segments of "
+      "{}, "
+      "cut from {}, solo up to {}, {} threads a rank\n"
       "{} spare blocks, {} tokens a step, {} sequences, chunked prefill {}, prefix cache {}\n",
       ModelKinds().at(mix.kind).name, mix.weights, p.tensor_parallel, p.prefill_context_parallel,
       p.decode_context_parallel, p.kv_interleave, p.block_tokens,
       p.pcp_kv_layout == cp::PcpKvLayout::kSharded ? "sharded" : "replicated", p.expert_parallel ? " EP" : "",
-      NameOf(mix.exchange), mix.stream ? " in messages" : "", mix.segment_tokens, mix.pcp_min_tokens,
-      mix.solo_max_tokens, mix.threads_per_rank, mix.spare_blocks, mix.max_num_batched_tokens, mix.max_num_seqs,
-      mix.chunked_prefill, mix.prefix_caching);
+      NameOf(mix.exchange), mix.stream ? " in messages" : "", mix.rates.flop_per_s, mix.rates.read_bytes_per_s,
+      mix.rates.exchange_bytes_per_s, mix.rates.latency_s, mix.segment_tokens, mix.pcp_min_tokens, mix.solo_max_tokens,
+      mix.threads_per_rank, mix.spare_blocks, mix.max_num_batched_tokens, mix.max_num_seqs, mix.chunked_prefill,
+      mix.prefix_caching);
   for (size_t i = 0; i < mix.requests.size(); ++i) {
     const MixRequest& r = mix.requests[i];
     out << fmt::format("request {}: {} steps after the one before, ", i, r.wait);

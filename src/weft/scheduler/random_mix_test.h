@@ -50,6 +50,7 @@ struct Mix {
   uint64_t weights = 0;
   cp::ParallelConfig parallel;
   ContextExchange exchange = ContextExchange::kAuto;
+  cp::MachineRates rates;  // what kAuto goes by
   int64_t pcp_min_tokens = 1;
   int64_t solo_max_tokens = 0;
   int32_t threads_per_rank = 1;

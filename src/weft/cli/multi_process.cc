@@ -1,5 +1,7 @@
 #include "weft/cli/multi_process.h"
 
+#include <sys/prctl.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -86,6 +88,8 @@ std::shared_ptr<Processes> JoinProcesses(const EngineArgs& args) {
     spdlog::default_logger()->set_pattern(
         fmt::format("%Y-%m-%d %H:%M:%S.%e %^%l%$ [process {}] %v", LaunchedProcessIndex()));
   }
+  // Nobody outlives mpirun (its daemon on this host), not even who has been stopped.
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
   auto processes = Processes::Join();
   Joined() = processes;
   const std::set<std::string> hosts(processes->hosts().begin(), processes->hosts().end());

@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <thread>
 
 #include "weft/core/log.h"
@@ -89,11 +91,23 @@ void ExitAfterFailure(bool all) {
   int started = 0;
   MPI_Initialized(&started);
   if (all && started != 0) {
-    // MPI_Abort asks mpirun to end everybody; where that is gone, too, or nobody listens, this process still ends.
+    // Whatever happens below, this process ends.
     std::thread([] {
-      std::this_thread::sleep_for(std::chrono::seconds(3));
+      std::this_thread::sleep_for(std::chrono::seconds(6));
       _exit(1);
     }).detach();
+    // mpirun, or its daemon on this host, takes SIGTERM as the order to end the job: it kills stopped processes, too,
+    // and its own status is not 0. MPI_Abort alone leaves the stopped ones behind, and ends with status 0 after a death
+    // that was reported (Open MPI 5.0.11 with ULFM).
+    std::ifstream parent(fmt::format("/proc/{}/comm", getppid()));
+    std::string name;
+    std::getline(parent, name);
+    for (const char* launcher : {"mpirun", "prterun", "prted", "prte", "orterun", "orted"}) {
+      if (name != launcher) continue;
+      std::signal(SIGTERM, SIG_IGN);  // which comes back from there, before SIGKILL does
+      kill(getppid(), SIGTERM);
+      std::this_thread::sleep_for(std::chrono::seconds(3));
+    }
     MPI_Abort(MPI_COMM_WORLD, 1);
   }
   _exit(1);

@@ -458,13 +458,20 @@ TEST(GgufCheckpoint, ReadsFromManyThreads) {
   EXPECT_EQ(equal, std::vector<int>(4, 1));
 }
 
-TEST(GgufTensorName, FollowsTheLists) {
-  using internal::GgufTensorName;
-  EXPECT_EQ(GgufTensorName("model.layers.12.self_attn.o_proj.bias"), "blk.12.attn_output.bias");
-  EXPECT_EQ(GgufTensorName("lm_head.weight"), "output.weight");
+TEST(GgufName, FollowsTheLists) {
+  using internal::FindGgufName;
+  using internal::GgufName;
+  EXPECT_EQ(FindGgufName("model.layers.12.self_attn.o_proj.bias"), GgufName{"blk.12.attn_output.bias"});
+  EXPECT_EQ(FindGgufName("lm_head.weight"), GgufName{"output.weight"});
+  EXPECT_EQ(FindGgufName("model.layers.3.mlp.gate.weight"), GgufName{"blk.3.ffn_gate_inp.weight"});
+  EXPECT_EQ(FindGgufName("model.layers.3.mlp.gate.e_score_correction_bias"), GgufName{"blk.3.exp_probs_b.bias"});
+  EXPECT_EQ(FindGgufName("model.layers.3.mlp.experts.17.down_proj.weight"),
+            (GgufName{"blk.3.ffn_down_exps.weight", 17}));
   for (const char* name : {"", "lm_head", "model.layers.x.mlp.up_proj.weight", "model.layers..mlp.up_proj.weight",
-                           "model.layers.1.mlp.weight", "model.layers.99999999999.mlp.up_proj.weight"}) {
-    EXPECT_EQ(GgufTensorName(name), std::nullopt) << name;
+                           "model.layers.1.mlp.weight", "model.layers.9999999999.mlp.up_proj.weight",
+                           "model.layers.1.mlp.experts.up_proj.weight", "model.layers.1.mlp.experts.x.up_proj.weight",
+                           "model.layers.1.mlp.experts.1.gate.weight", "model.layers.1.e_score_correction_bias"}) {
+    EXPECT_EQ(FindGgufName(name), std::nullopt) << name;
   }
 }
 

@@ -15,6 +15,7 @@ class GgufWriter {
   void U32(const std::string& key, uint32_t value) { Append(Key(key, 4), value); }
   void F32(const std::string& key, float value) { Append(Key(key, 6), value); }
   void U16(const std::string& key, uint16_t value) { Append(Key(key, 2), value); }
+  void Bool(const std::string& key, bool value) { Append(Key(key, 7), static_cast<uint8_t>(value)); }
   void String(const std::string& key, const std::string& value) { Text(Key(key, 8), value); }
   void Strings(const std::string& key, const std::vector<std::string>& values) {
     std::string& out = Key(key, 9);

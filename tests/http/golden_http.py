@@ -4,11 +4,11 @@ reference logits, and greedy completions are the reference continuations, on one
 
     golden_http.py WEFT_BINARY
 """
-import array
 import json
 import math
 import sys
 
+from golden_files import read_safetensors
 from weft_server import Server, data, free_memory_flag
 
 LAYOUTS = {
@@ -26,25 +26,6 @@ LAYOUTS = {
     "qwen3_moe": [["-tp", "4", "-dcp", "2", "-pcp", "2"]],
 }
 MIXTURES = ("deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3", "qwen3_moe")
-
-
-def read_safetensors(path):
-    with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        body = f.read()
-    out = {}
-    for name, t in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = t["data_offsets"]
-        raw = body[begin:end]
-        if t["dtype"] == "BF16":  # the upper half of a float32
-            wide = bytearray(2 * len(raw))
-            wide[2::4], wide[3::4] = raw[0::2], raw[1::2]
-            out[name] = array.array("f", bytes(wide))
-        else:
-            out[name] = array.array({"F32": "f", "I64": "q"}[t["dtype"]], raw)
-    return out
 
 
 def log_softmax(row):

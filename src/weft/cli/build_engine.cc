@@ -9,11 +9,14 @@
 #include "weft/cli/kv_size.h"
 #include "weft/cli/multi_process.h"
 #include "weft/core/log.h"
+#include "weft/engine/data_parallel.h"
+#include "weft/engine/llm_engine.h"
 #include "weft/model/checkpoint.h"
 #include "weft/model/model_path.h"
 #include "weft/model/weights.h"
 #include "weft/runner/executor.h"
 #include "weft/runner/mpi_executor.h"
+#include "weft/runner/replicas.h"
 
 namespace weft::cli {
 namespace {
@@ -68,12 +71,14 @@ int64_t CheckedMaxLen(const EngineArgs& args, int64_t model_max) {
 
 cp::ParallelConfig ParallelConfigOf(const EngineArgs& args) {
   return {
+      .data_parallel = args.data_parallel,
       .prefill_context_parallel = args.prefill_context_parallel,
       .decode_context_parallel = args.decode_context_parallel,
       .tensor_parallel = args.tensor_parallel,
       .kv_interleave = args.kv_interleave,
       .block_tokens = args.block_size,
-      .pcp_kv_layout = args.pcp_kv_layout == "replicated" ? cp::PcpKvLayout::kReplicated : cp::PcpKvLayout::kSharded};
+      .pcp_kv_layout = args.pcp_kv_layout == "replicated" ? cp::PcpKvLayout::kReplicated : cp::PcpKvLayout::kSharded,
+      .expert_parallel = args.expert_parallel};
 }
 
 int64_t PcpMinTokensOf(const EngineArgs& args) {
@@ -140,8 +145,14 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   built.config = checkpoint->config();
   built.sampling = LoadSamplingDefaults(args, built.path);
   built.parallel = ParallelConfigOf(args);
-  cp::Validate(built.parallel, {.heads = static_cast<int32_t>(built.config.num_heads),
-                                .kv_heads = static_cast<int32_t>(built.config.num_kv_heads)});
+  ValidateLayout(built.parallel, built.config);
+  if (processes != nullptr && args.data_parallel > 1) {
+    throw Error(
+        fmt::format("--data-parallel-size = {}: must be 1 where mpirun has started several processes ({}); start "
+                    "one server for each replica",
+                    args.data_parallel, processes->size()),
+        ErrorKind::kInvalidArgument, "--data-parallel-size");
+  }
 
   const DType dtype = DTypeOf(args.dtype, DType::kBF16);
   const DType kv_dtype = DTypeOf(args.kv_cache_dtype, dtype);
@@ -163,7 +174,8 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
                                .max_num_seqs = args.max_num_seqs,
                                .num_blocks = args.num_blocks_override,
                                .kv_bytes = args.kv_cache_memory,
-                               .utilization = args.memory_utilization};
+                               .utilization = args.memory_utilization,
+                               .replicas = args.data_parallel};
   const KvSize size = processes != nullptr ? SizeKvCacheOfAll(size_input, share, *processes) : SizeKvCache(size_input);
 
   LLMEngineOptions engine;
@@ -194,10 +206,10 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
     }
   }
 
-  spdlog::info("weft {}: {}: {} with {} layers, weights {} ({:.2f} GiB), TP {} PCP {} DCP {}", kVersion, built.path,
-               built.config.architecture, built.config.num_layers, NameOf(dtype),
+  spdlog::info("weft {}: {}: {} with {} layers, weights {} ({:.2f} GiB), TP {} PCP {} DCP {} DP {}{}", kVersion,
+               built.path, built.config.architecture, built.config.num_layers, NameOf(dtype),
                static_cast<double>(weight_bytes) / (1 << 30), args.tensor_parallel, args.prefill_context_parallel,
-               args.decode_context_parallel);
+               args.decode_context_parallel, args.data_parallel, args.expert_parallel ? ", expert parallel" : "");
   const ExecutorOptions executor_options{.parallel = built.parallel,
                                          .dtype = dtype,
                                          .kv_dtype = kv_dtype,
@@ -206,6 +218,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
                                          .num_blocks = size.num_blocks,
                                          .max_model_len = size.max_model_len,
                                          .exchange = ExchangeOf(args.context_exchange),
+                                         .measure_rates = true,
                                          .pcp_min_tokens = PcpMinTokensOf(args),
                                          .context_segment_tokens = args.context_segment_tokens,
                                          .seed = static_cast<uint64_t>(args.seed),
@@ -215,12 +228,25 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
     FollowSteps(executor_options, std::move(checkpoint), processes);
     return built;
   }
-  auto executor = processes != nullptr ? MakeMpiExecutor(executor_options, std::move(checkpoint), processes)
-                                       : MakeThreadExecutor(executor_options, std::move(checkpoint));
-  built.engine = std::make_unique<LLMEngine>(std::move(engine), std::move(executor), built.tokenizer);
-  const int64_t capacity = built.engine->kv_capacity_tokens();
-  spdlog::info("KV cache ({}): {} tokens, {:.1f} requests of {} tokens", NameOf(kv_dtype), capacity,
-               static_cast<double>(capacity) / static_cast<double>(size.max_model_len), size.max_model_len);
+  std::vector<std::unique_ptr<StepExecutor>> executors;
+  if (processes != nullptr) {
+    executors.push_back(MakeMpiExecutor(executor_options, std::move(checkpoint), processes));
+  } else {
+    executors = MakeReplicaExecutors(executor_options, std::move(checkpoint));
+  }
+  std::vector<std::unique_ptr<LLMEngine>> replicas;
+  for (auto& executor : executors) {
+    replicas.push_back(std::make_unique<LLMEngine>(engine, std::move(executor), built.tokenizer));
+  }
+  const int64_t capacity = replicas.front()->kv_capacity_tokens();
+  spdlog::info("KV cache ({}): {} tokens, {:.1f} requests of {} tokens{}", NameOf(kv_dtype), capacity,
+               static_cast<double>(capacity) / static_cast<double>(size.max_model_len), size.max_model_len,
+               replicas.size() == 1 ? "" : fmt::format(", on each of {} replicas", replicas.size()));
+  if (replicas.size() == 1) {
+    built.engine = std::move(replicas.front());
+  } else {
+    built.engine = std::make_unique<DataParallelEngine>(std::move(replicas));
+  }
   return built;
 }
 

@@ -6,7 +6,7 @@
 #include "weft/api/openai_request.h"
 #include "weft/cli/engine_args.h"
 #include "weft/cp/grid.h"
-#include "weft/engine/llm_engine.h"
+#include "weft/engine/engine.h"
 #include "weft/model/config.h"
 #include "weft/text/tokenizer.h"
 
@@ -20,7 +20,7 @@ struct BuiltEngine {
   std::shared_ptr<const Tokenizer> tokenizer;  // null with --skip-tokenizer-init
   SamplingDefaults sampling;                   // for what a request leaves out
   // Null in all but the first of several processes: they have done their part by then, and nothing is left to do.
-  std::unique_ptr<LLMEngine> engine;
+  std::unique_ptr<Engine> engine;
   bool several_processes = false;
 };
 

@@ -75,15 +75,7 @@ TEST(Cli, WhatDoesNotExistIsRefusedAndNeverIgnored) {
       {"--kv-transfer-config", R"({"kv_role": "kv_both"})"},
       {"--quantization", "fp8"},
       {"-q", "fp8"},
-      {"--data-parallel-size", "2"},
-      {"-dp", "2"},
       {"--pipeline-parallel-size", "2"},
-      {"--enable-expert-parallel"},
-      {"--nnodes", "2"},
-      {"--node-rank", "1"},
-      {"--master-addr", "10.0.0.1"},
-      {"--master-port", "1234"},
-      {"--headless"},
       {"--compilation-config", "3"},
       {"--additional-config", R"({"a": 1})"},
       {"--reasoning-parser", "qwen3"},
@@ -170,6 +162,30 @@ TEST(KvSize, RefusesWhatCannotHoldOneRequestAndSaysTheNumbers) {
   EXPECT_THROW(SizeKvCache(in), Error);
   in.utilization = 1;
   EXPECT_THROW(SizeKvCache(in), Error);
+}
+
+TEST(KvSize, ReplicasShareTheMemory) {
+  KvSizeInput in = Input();
+  in.replicas = 3;
+  EXPECT_EQ(SizeKvCache(in).num_blocks, 4096 / 3);
+  in.max_num_seqs = 2;
+  EXPECT_EQ(SizeKvCache(in).num_blocks, 200);  // of each
+  in.utilization = 0.5;
+  EXPECT_EQ(SizeKvCache(in).num_blocks, (10500 - 1000) / 3);
+  in.kv_bytes = 602 * kMiB;
+  EXPECT_EQ(SizeKvCache(in).num_blocks, 200);
+  in.num_blocks = 150;
+  EXPECT_EQ(SizeKvCache(in).num_blocks, 150);
+  in.num_blocks.reset();
+  in.kv_bytes = 299 * kMiB;
+  try {
+    SizeKvCache(in);
+    FAIL();
+  } catch (const Error& e) {
+    const std::string message = e.what();
+    EXPECT_NE(message.find("--data-parallel-size = 3"), std::string::npos) << message;
+    EXPECT_NE(message.find("12672 tokens"), std::string::npos) << message;
+  }
 }
 
 TEST(KvSize, AsLongAsFits) {

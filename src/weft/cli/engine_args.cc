@@ -75,6 +75,17 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
   options.Group("Parallelism");
   DeclareLayoutOptions(options, a);
   options
+      .Add("data-parallel-size", &a.data_parallel,
+           "Replicas of the model behind one API, each with ranks (TP x PCP), a scheduler and a KV cache of its own. "
+           "Limits on requests and tokens (--max-num-seqs, ...) are each replica's; memory is shared out.")
+      .Alias("-dp")
+      .Range(1, 1024);
+  options
+      .Add("enable-expert-parallel", &a.expert_parallel,
+           "Whole experts on each of the DP x PCP x TP ranks, which then step together, instead of a TP slice of every "
+           "expert on each.")
+      .Alias("-ep");
+  options
       .Add("cp-context-exchange", &a.context_exchange,
            "How a query meets the keys of other ranks: `gather-q` sends the query to them, `gather-kv` brings the keys "
            "to "
@@ -92,17 +103,10 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
   options.Add("distributed-executor-backend", &f.executor_backend, "How ranks run.")
       .Choices({"mp", "uni", "mpi"})
       .Unused("ranks are threads of this process, or of those that mpirun has started");
-  options.Add("data-parallel-size", &f.data_parallel, "Copies of the engine.")
-      .Alias("-dp")
-      .Range(1)
-      .Refused("must be 1: replicas are not available; start several servers behind a load balancer");
   options.Add("pipeline-parallel-size", &f.pipeline_parallel, "Stages over which layers are split.")
       .Alias("-pp")
       .Range(1)
       .Refused("must be 1: pipeline parallelism is not available");
-  options.Add("enable-expert-parallel", &f.expert_parallel, "Split experts over ranks.")
-      .Alias("-ep")
-      .Refused("mixture-of-experts models are not available");
   const char* const mpirun = "mpirun says this (docs/distributed.md)";
   options
       .Add("nnodes", &a.nodes.count,

@@ -22,6 +22,7 @@ struct EngineArgs {
   std::string generation_config = "auto";
   nlohmann::json override_generation_config = nlohmann::json::object();
 
+  int32_t data_parallel = 1;
   int32_t tensor_parallel = 1;
   int32_t prefill_context_parallel = 1;
   int32_t decode_context_parallel = 1;
@@ -30,6 +31,7 @@ struct EngineArgs {
   std::string pcp_min_tokens = "auto";
   std::string context_exchange = "auto";
   int64_t context_segment_tokens = 8192;
+  bool expert_parallel = false;
   int32_t threads_per_rank = 0;
   std::string kernels = "auto";
 
@@ -62,9 +64,7 @@ struct EngineArgs {
   struct Foreign {
     bool trust_remote_code = false;
     bool enforce_eager = false;
-    bool expert_parallel = false;
     bool async_scheduling = false;
-    int32_t data_parallel = 1;
     int32_t pipeline_parallel = 1;
     std::string executor_backend = "mp";
     double swap_space = 4;

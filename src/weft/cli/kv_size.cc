@@ -46,7 +46,9 @@ int64_t AvailableMemoryBytes() {
 }
 
 KvSize SizeKvCache(const KvSizeInput& in) {
-  WEFT_CHECK(in.block_bytes > 0 && in.block_tokens > 0 && in.model_max_len > 0);
+  WEFT_CHECK(in.block_bytes > 0 && in.block_tokens > 0 && in.model_max_len > 0 && in.replicas > 0);
+  // So much memory goes for each further block, since every replica gets it.
+  const int64_t all_bytes = in.block_bytes * in.replicas;
   const auto blocks_for = [&](int64_t tokens) { return (tokens + in.block_tokens - 1) / in.block_tokens; };
   const bool as_fits = in.max_model_len == -1;
   const int64_t wanted_len = as_fits ? in.model_max_len : in.max_model_len;
@@ -59,20 +61,21 @@ KvSize SizeKvCache(const KvSizeInput& in) {
     blocks = *in.num_blocks;
     source = fmt::format("--num-gpu-blocks-override = {}", blocks);
   } else if (in.kv_bytes) {
-    blocks = *in.kv_bytes / in.block_bytes;
+    blocks = *in.kv_bytes / all_bytes;
     source = fmt::format("--kv-cache-memory = {}", *in.kv_bytes);
   } else if (in.utilization) {
     const auto bytes =
         static_cast<int64_t>(*in.utilization * static_cast<double>(in.available_bytes)) - in.weight_bytes;
-    blocks = std::max<int64_t>(0, bytes) / in.block_bytes;
+    blocks = std::max<int64_t>(0, bytes) / all_bytes;
     source = fmt::format("--gpu-memory-utilization = {} of {:.2f} GiB available, less {:.2f} GiB of weights",
                          *in.utilization, GiB(in.available_bytes), GiB(in.weight_bytes));
   } else {
-    const auto most = static_cast<int64_t>(kDefaultShare * static_cast<double>(left)) / in.block_bytes;
-    const int64_t usual = std::max(kDefaultBytes / in.block_bytes, one_request);
+    const auto most = static_cast<int64_t>(kDefaultShare * static_cast<double>(left)) / all_bytes;
+    const int64_t usual = std::max(kDefaultBytes / all_bytes, one_request);
     blocks = std::min({usual, most, one_request * in.max_num_seqs});
     source = fmt::format("70 % of the {:.2f} GiB that the weights leave", GiB(left));
   }
+  if (in.replicas > 1 && !in.num_blocks) source += fmt::format(", for --data-parallel-size = {} replicas", in.replicas);
   blocks = std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max());
   const int64_t tokens = blocks * in.block_tokens;
   if (as_fits && tokens >= 2) return {blocks, std::min(in.model_max_len, tokens)};

@@ -9,7 +9,7 @@ namespace weft::cli {
 int64_t AvailableMemoryBytes();
 
 struct KvSizeInput {
-  int64_t block_bytes = 0;   // of a virtual block, over all ranks
+  int64_t block_bytes = 0;   // of a virtual block, over all ranks of a replica
   int64_t block_tokens = 0;  // of a virtual block
   int64_t weight_bytes = 0;  // not loaded yet
   int64_t available_bytes = 0;
@@ -20,14 +20,17 @@ struct KvSizeInput {
   std::optional<int64_t> num_blocks;  // --num-gpu-blocks-override
   std::optional<int64_t> kv_bytes;    // --kv-cache-memory
   std::optional<double> utilization;  // --gpu-memory-utilization
+  // Share the memory equally; each has a KV cache for itself.
+  int32_t replicas = 1;
 };
 
 struct KvSize {
-  int64_t num_blocks = 0;
+  int64_t num_blocks = 0;  // of each replica
   int64_t max_model_len = 0;
 };
 
-// Throws weft::Error with the numbers when not a single request of max_model_len tokens would fit.
+// Throws weft::Error with the numbers when not a single request of max_model_len tokens would fit into a replica's KV
+// cache.
 KvSize SizeKvCache(const KvSizeInput& input);
 
 }  // namespace weft::cli

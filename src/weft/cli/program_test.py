@@ -167,6 +167,11 @@ def test_errors():
     model = MODELS / "llama_tied"
     for args, needle in [
         (("serve", model, "--skip-tokenizer-init", "-tp", 3), "--tensor-parallel-size = 3"),
+        (("serve", model, "--skip-tokenizer-init", "-dp", 2, "-ep"), "--enable-expert-parallel: must not be set"),
+        (("serve", model, "--skip-tokenizer-init", "-dp", 1024, "-pcp", 65), "--data-parallel-size = 1024"),
+        (("serve", model, "--skip-tokenizer-init", "-dp", 0), "-dp = 0"),
+        # There is room for one longest request, but not for one on each replica.
+        (("serve", model, "--skip-tokenizer-init", "-dp", 3, "--kv-cache-memory", 900000), "--data-parallel-size = 3"),
         (("serve", model, "--skip-tokenizer-init", "--max-model-len", 5000), "--max-model-len = 5000"),
         (("serve", model, "--skip-tokenizer-init", "--num-gpu-blocks-override", 1), "--num-gpu-blocks-override = 1"),
         (("serve", model, "--skip-tokenizer-init", "--no-enable-chunked-prefill", "--max-num-batched-tokens", 512),
@@ -202,6 +207,8 @@ if __name__ == "__main__":
     test_generate("llama_tied", ())
     test_generate("llama_tied", ("-pcp", 2, "--threads-per-rank", 1, "--max-num-batched-tokens", 16, "--max-num-seqs", 4))
     test_generate("qwen3", ("-tp", 2, "--threads-per-rank", 1))
+    test_generate("qwen3", ("-dp", 3, "--threads-per-rank", 1))
+    test_generate("qwen3_moe", ("-dp", 2, "--enable-expert-parallel", "-pcp", 2, "--threads-per-rank", 1))
     test_serve()
     test_second_signal()
     print("all passed")

@@ -28,6 +28,11 @@ void ValidateLayout(const cp::ParallelConfig& parallel, const ModelConfig& confi
   cp::Validate(parallel, {.heads = static_cast<int32_t>(config.num_heads),
                           .kv_heads = static_cast<int32_t>(config.num_kv_heads),
                           .mla = config.mla.has_value()});
+  if (parallel.expert_parallel && !config.moe) {
+    throw Error(
+        fmt::format("--enable-expert-parallel: must not be set for {}: the model has no experts", config.architecture),
+        ErrorKind::kInvalidArgument, "--enable-expert-parallel");
+  }
 }
 
 std::unique_ptr<StepExecutor> MakeThreadExecutor(const ExecutorOptions& options,

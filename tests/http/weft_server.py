@@ -10,11 +10,14 @@ import urllib.request
 
 
 class Server:
-    """with Server(binary, model, "--flag", ...) as server: server.post("/v1/completions", {...})"""
+    """with Server(binary, model, "--flag", ...) as server: server.post("/v1/completions", {...})
 
-    def __init__(self, binary, model, *flags, timeout_s=120):
+    `launcher` is what stands before the binary, mpirun and its options: process 0 serves then."""
+
+    def __init__(self, binary, model, *flags, timeout_s=120, launcher=()):
         self.log = tempfile.NamedTemporaryFile("w+", prefix="weft-serve-", suffix=".log")
-        self.process = subprocess.Popen([binary, "serve", model, "--port", "0", *flags],
+        self.launched = bool(launcher)
+        self.process = subprocess.Popen([*launcher, binary, "serve", model, "--port", "0", *flags],
                                         stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         self.url = None
         deadline = time.monotonic() + timeout_s
@@ -29,6 +32,7 @@ class Server:
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(self.url + "/health", timeout=5).read()
+                self.pids = self.find_processes()
                 return
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.05)
@@ -56,12 +60,40 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in self.get("/metrics").splitlines()
                    if line.startswith(name + "{") or line.startswith(name + " "))
 
+    def find_processes(self):
+        """Process ids of weft, by its rank among mpirun's processes; without a launcher the only one."""
+        if not self.launched:
+            return {0: self.process.pid}
+        found = {}
+        for pid in descendants(self.process.pid):
+            try:
+                with open(f"/proc/{pid}/comm", encoding="ascii", errors="replace") as f:
+                    if f.read().strip() != "weft":
+                        continue
+                with open(f"/proc/{pid}/environ", encoding="utf-8", errors="replace") as f:
+                    rank = [v for v in f.read().split("\0") if v.startswith("OMPI_COMM_WORLD_RANK=")]
+            except OSError:
+                continue
+            if rank:
+                found[int(rank[0].split("=")[1])] = pid
+        return found
+
+    def alive(self):
+        """Those of its processes that have not ended."""
+        return [rank for rank, pid in self.pids.items() if is_running(pid)]
+
     def stop(self, expect_clean=True):
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            # mpirun would not be content with an end that is asked of itself; its processes may end as they like.
+            try:
+                os.kill(getattr(self, "pids", {}).get(0, self.process.pid), signal.SIGTERM)
+            except ProcessLookupError:
+                self.process.terminate()
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
+                self.process.terminate()
+                time.sleep(3)
                 self.process.kill()
                 self.process.wait()
                 raise RuntimeError("SIGTERM did not end the server:\n" + self.text())
@@ -74,6 +106,43 @@ class Server:
     def __exit__(self, kind, value, trace):
         self.stop(expect_clean=kind is None)
         self.log.close()
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    children = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as f:
+                    parent = int(f.read().rsplit(")", 1)[1].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found, left = [], [pid]
+    while left:
+        one = left.pop()
+        found.append(one)
+        left += children.get(one, [])
+    return found
+
+
+def mpirun_launcher(mpirun, processes):
+    """mpirun and its options, with reports of dead processes where it has them (ULFM: Open MPI 5)."""
+    command = [mpirun, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(processes)]
+    return [*command[:1], "--with-ft", "ulfm", *command[1:]] if has_ulfm(mpirun) else command
+
+
+def has_ulfm(mpirun):
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=True).stdout
+    return int(version.split("\n")[0].split()[-1].split(".")[0]) >= 5
 
 
 def free_memory_flag():

@@ -13,15 +13,9 @@
 
 namespace {
 
-int Run(const std::string& config_path, const std::string& out, int64_t layers, const std::string& dtype,
+int Run(const std::string& config_path, const std::string& out, const weft::ConfigCut& cut, const std::string& dtype,
         double shard_gib, uint64_t seed) {
-  nlohmann::json config = weft::ReadJsonFile(config_path);
-  if (layers > 0 && config.is_object()) {
-    config["num_hidden_layers"] = layers;
-    if (auto types = config.find("layer_types"); types != config.end() && types->is_array()) {
-      while (static_cast<int64_t>(types->size()) > layers) types->erase(types->size() - 1);
-    }
-  }
+  const nlohmann::json config = weft::CutConfig(weft::ReadJsonFile(config_path), cut);
   weft::RandomCheckpointOptions options;
   options.seed = seed;
   options.dtype = dtype == "f32" ? weft::DType::kF32 : weft::DType::kBF16;
@@ -42,13 +36,15 @@ int Run(const std::string& config_path, const std::string& out, int64_t layers, 
 int main(int argc, char** argv) {
   CLI::App app("Writes a checkpoint of random weights in Hugging Face layout (no tokenizer)", "weft-make-checkpoint");
   std::string config, out, dtype = "bf16";
-  int64_t layers = 0;
+  weft::ConfigCut cut;
   double shard_gib = 4.0;
   uint64_t seed = 0;
   app.add_option("--config", config, "config.json of the model")->required();
   app.add_option("--out", out, "folder to write to; must hold no model yet")->required();
   app.add_option("--seed", seed, "of the weights")->capture_default_str();
-  app.add_option("--layers", layers, "instead of the config's num_hidden_layers")->check(CLI::PositiveNumber);
+  app.add_option("--layers", cut.layers, "the first so many of the config's; one with experts is always among them")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--experts", cut.experts, "so many of the config's routed experts")->check(CLI::PositiveNumber);
   app.add_option("--dtype", dtype, "of the weights")->check(CLI::IsMember({"bf16", "f32"}))->capture_default_str();
   app.add_option("--shard-gib", shard_gib, "largest size of a file, GiB")
       ->check(CLI::Range(1e-6, 1e6))
@@ -56,7 +52,7 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   try {
     weft::InitLogging();
-    return Run(config, out, layers, dtype, shard_gib, seed);
+    return Run(config, out, cut, dtype, shard_gib, seed);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "weft-make-checkpoint: %s\n", error.what());
     return 1;

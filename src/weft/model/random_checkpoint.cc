@@ -122,7 +122,47 @@ std::vector<int64_t> ShapeOf(const ModelTensor& tensor) {
   return {tensor.rows, tensor.cols};
 }
 
+int64_t IntOf(const Json& config, const char* name, int64_t absent) {
+  const auto it = config.find(name);
+  return it != config.end() && it->is_number_integer() ? it->get<int64_t>() : absent;
+}
+
+void CutLayers(int64_t layers, Json& config) {
+  config["num_hidden_layers"] = layers;
+  if (auto types = config.find("layer_types"); types != config.end() && types->is_array()) {
+    while (static_cast<int64_t>(types->size()) > layers) types->erase(types->size() - 1);
+  }
+  const int64_t dense = IntOf(config, "first_k_dense_replace", 0);
+  if (dense >= layers) config["first_k_dense_replace"] = layers - 1;
+}
+
+void CutExperts(int64_t experts, Json& config) {
+  const char* name = "";
+  for (const char* candidate : {"n_routed_experts", "num_experts", "num_local_experts"}) {
+    if (IntOf(config, candidate, 0) > 0) name = candidate;
+  }
+  const int64_t all = IntOf(config, name, 0);
+  if (experts > all) Throw("{} experts: the config has {}", experts, all);
+  config[name] = experts;
+  const int64_t per_token = std::min(IntOf(config, "num_experts_per_tok", experts), experts);
+  config["num_experts_per_tok"] = per_token;
+  int64_t groups = IntOf(config, "n_group", 1);
+  if (groups <= 1) return;
+  while (groups > 1 && (experts % groups != 0 || experts / groups < 2)) --groups;
+  const int64_t needed = (per_token + experts / groups - 1) / (experts / groups);
+  config["n_group"] = groups;
+  config["topk_group"] = std::clamp(IntOf(config, "topk_group", groups), needed, groups);
+}
+
 }  // namespace
+
+Json CutConfig(Json config, const ConfigCut& cut) {
+  const ModelConfig whole = ParseModelConfig(config);
+  if (cut.layers > whole.num_layers) Throw("{} layers: the config has {}", cut.layers, whole.num_layers);
+  if (cut.layers > 0) CutLayers(cut.layers, config);
+  if (cut.experts > 0) CutExperts(cut.experts, config);
+  return config;
+}
 
 int64_t WriteRandomCheckpoint(const Json& config, const std::string& folder, const RandomCheckpointOptions& options) {
   if (options.dtype != DType::kBF16 && options.dtype != DType::kF32) {
@@ -198,7 +238,7 @@ int64_t WriteRandomCheckpoint(const Json& config, const std::string& folder, con
   }
   // Last: a folder whose writing was cut off has no config.json and is refused.
   Json copy = config;
-  copy.erase("dtype");
+  for (const char* name : {"dtype", "quantization_config", "num_nextn_predict_layers"}) copy.erase(name);
   copy["torch_dtype"] = NameOf(options.dtype);
   write_json("config.json", copy);
   return total_bytes;

@@ -116,12 +116,77 @@ TEST(RandomCheckpoint, RefusesToOverwriteAndWrongOptions) {
   EXPECT_TRUE(Mentions(ErrorOf([&] { WriteRandomCheckpoint(Config(), folder.path("file/x"), {}); }), "cannot be made"));
 }
 
-TEST(RandomCheckpoint, PublishedConfigsOfTheBenchmarks) {
-  const Json json = Json::parse(testing::ReadAll(WEFT_TEST_DATA "/../../bench/configs/qwen3-0.6b.json"));
-  const ModelConfig config = ParseModelConfig(json);
+Json Published(const std::string& name) {
+  return Json::parse(testing::ReadAll(WEFT_TEST_DATA "/../../bench/configs/" + name + ".json"));
+}
+
+int64_t Parameters(const ModelConfig& config) {
   int64_t parameters = 0;
   for (const ModelTensor& tensor : ModelTensors(config)) parameters += tensor.elements();
-  EXPECT_EQ(parameters, 596049920);  // what the Hub says of Qwen/Qwen3-0.6B's tied weights
+  return parameters;
+}
+
+TEST(RandomCheckpoint, PublishedConfigsOfTheBenchmarks) {
+  // What the Hub says of their files; of R1, which has scales and a token-guessing layer besides, what the 671B of
+  // its paper are to the last one.
+  EXPECT_EQ(Parameters(ParseModelConfig(Published("qwen3-0.6b"))), 596049920);
+  EXPECT_EQ(Parameters(ParseModelConfig(Published("deepseek-v2-lite"))), 15706484224);
+  EXPECT_EQ(Parameters(ParseModelConfig(Published("qwen3-235b-a22b"))), 235093634560);
+  EXPECT_EQ(Parameters(ParseModelConfig(Published("deepseek-r1"))), 671026419200);
+}
+
+TEST(CutConfig, KeepsALayerOfExpertsAndEqualGroups) {
+  const Json r1 = Published("deepseek-r1");
+  for (const int64_t layers : {1, 2, 3, 4, 7}) {
+    const ModelConfig c = ParseModelConfig(CutConfig(r1, {.layers = layers}));
+    EXPECT_EQ(c.num_layers, layers);
+    std::vector<bool> want(static_cast<size_t>(layers), true);
+    for (int64_t i = 0; i < std::min<int64_t>(3, layers - 1); ++i) want[static_cast<size_t>(i)] = false;
+    EXPECT_EQ(c.moe_layers, want);
+    EXPECT_EQ(c.moe->num_experts, 256);
+  }
+  // Every number of experts makes a config that parses, which checks groups and experts per token.
+  for (int64_t experts = 1; experts <= 256; ++experts) {
+    const ModelConfig c = ParseModelConfig(CutConfig(r1, {.layers = 1, .experts = experts}));
+    EXPECT_EQ(c.moe->num_experts, experts);
+    EXPECT_EQ(c.moe->experts_per_token, std::min<int64_t>(8, experts));
+  }
+  const ModelConfig c = ParseModelConfig(CutConfig(r1, {.experts = 32}));
+  EXPECT_EQ(c.num_layers, 61);
+  EXPECT_EQ(c.moe->num_groups, 8);
+  EXPECT_EQ(c.moe->groups_per_token, 4);
+  const ModelConfig qwen = ParseModelConfig(CutConfig(Published("qwen3-235b-a22b"), {.layers = 2, .experts = 4}));
+  EXPECT_EQ(qwen.num_layers, 2);
+  EXPECT_EQ(qwen.moe->num_experts, 4);
+  EXPECT_EQ(qwen.moe->experts_per_token, 4);
+  EXPECT_EQ(CutConfig(r1, {}), r1);
+  EXPECT_TRUE(Mentions(ErrorOf([&] { CutConfig(r1, {.layers = 62}); }), "the config has 61"));
+  EXPECT_TRUE(Mentions(ErrorOf([&] { CutConfig(r1, {.experts = 257}); }), "the config has 256"));
+  EXPECT_TRUE(Mentions(ErrorOf([&] { CutConfig(Published("qwen3-0.6b"), {.experts = 2}); }), "the config has 0"));
+}
+
+// With an FP8 config, whose random form is bf16, experts, latents and a token-guessing layer.
+TEST(RandomCheckpoint, HasTheTensorsOfACutConfig) {
+  Json config = CutConfig(Published("deepseek-r1"), {.layers = 2, .experts = 6});
+  config.update({{"hidden_size", 32},
+                 {"intermediate_size", 48},
+                 {"moe_intermediate_size", 16},
+                 {"vocab_size", 40},
+                 {"num_attention_heads", 2},
+                 {"q_lora_rank", 24},
+                 {"kv_lora_rank", 20},
+                 {"qk_nope_head_dim", 8},
+                 {"qk_rope_head_dim", 6},
+                 {"v_head_dim", 10}});
+  const testing::TempFolder folder;
+  const int64_t bytes = WriteRandomCheckpoint(config, folder.path("m"), {});
+  const auto checkpoint = OpenCheckpoint(folder.path("m"));
+  EXPECT_EQ(checkpoint->total_bytes(), bytes);
+  EXPECT_FALSE(checkpoint->config().fp8_blocks);
+  EXPECT_EQ(checkpoint->config().moe_layers, (std::vector<bool>{false, true}));
+  for (const ModelTensor& tensor : ModelTensors(ParseModelConfig(config))) {
+    for (const float value : Whole(*checkpoint, tensor)) ASSERT_TRUE(std::isfinite(value)) << tensor.name;
+  }
 }
 
 }  // namespace

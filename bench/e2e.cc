@@ -7,111 +7,15 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
-#include <random>
 
 #include "machine_limits.h"
+#include "session.h"
 #include "weft/core/log.h"
-#include "weft/cp/layout.h"
 #include "weft/runner/executor.h"
 #include "weft/runner/step_costs.h"
 
 namespace weft::bench {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double Seconds(Clock::time_point since) { return std::chrono::duration<double>(Clock::now() - since).count(); }
-
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-// One request after the other on an executor.
-class Session {
- public:
-  Session(std::shared_ptr<const Checkpoint> checkpoint, const cp::ParallelConfig& parallel, int threads,
-          int64_t max_tokens)
-      : config_(checkpoint->config()), layout_{parallel.block_tokens, parallel.kv_interleave, parallel.KvShards()} {
-    ExecutorOptions options;
-    options.parallel = parallel;
-    options.threads_per_rank = threads;
-    options.num_blocks = layout_.BlocksFor(max_tokens) + 1;
-    options.max_model_len = max_tokens;
-    executor_ = MakeThreadExecutor(options, std::move(checkpoint));
-  }
-
-  // Seconds until the first token of a prompt of n tokens, run in chunks.
-  double Prefill(int64_t n, int64_t chunk) {
-    Release();
-    std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(config_.vocab_size - 1));
-    NewRequest request;
-    request.handle = ++handle_;
-    for (int64_t i = 0; i < n; ++i) request.prompt_token_ids.push_back(token(rng_));
-    request.params.temperature = 0;
-    known_ = n;
-    computed_ = 0;
-    blocks_ = 0;
-    const auto start = Clock::now();
-    while (computed_ < n) {
-      StepPlan plan;
-      plan.released.swap(released_);
-      if (computed_ == 0) plan.admitted.push_back(request);
-      Run(plan, true, std::min(chunk, n - computed_));
-    }
-    return Seconds(start);
-  }
-
-  // Median seconds of a decode step after the last Prefill.
-  double Decode(int steps) {
-    std::vector<double> times;
-    for (int i = 0; i < steps; ++i) {
-      const auto start = Clock::now();
-      StepPlan plan;
-      Run(plan, false, 1);
-      times.push_back(Seconds(start));
-    }
-    return Median(times);
-  }
-
- private:
-  void Run(StepPlan& plan, bool prefill, int64_t tokens) {
-    RequestStep step;
-    step.handle = handle_;
-    step.computed = computed_;
-    step.tokens = tokens;
-    step.prefill = prefill;
-    step.sample = computed_ + tokens == known_;
-    step.appended_token_ids.swap(appended_);
-    step.first_block = static_cast<int32_t>(blocks_);
-    for (; blocks_ < layout_.BlocksFor(computed_ + tokens); ++blocks_) {
-      step.block_ids.push_back(static_cast<int32_t>(blocks_));
-    }
-    plan.requests.push_back(std::move(step));
-    const StepOutput output = executor_->Execute(plan);
-    computed_ += tokens;
-    if (output.rows.at(0).token_id) {
-      appended_ = {*output.rows[0].token_id};
-      ++known_;
-    }
-  }
-  void Release() {
-    if (handle_ != 0) released_.push_back(handle_);
-    appended_.clear();
-  }
-
-  ModelConfig config_;
-  cp::KvLayout layout_;
-  std::unique_ptr<StepExecutor> executor_;
-  std::mt19937_64 rng_{1};
-  RequestHandle handle_ = 0;
-  std::vector<RequestHandle> released_;
-  std::vector<int32_t> appended_;
-  int64_t known_ = 0;
-  int64_t computed_ = 0;
-  int64_t blocks_ = 0;
-};
 
 // Of the layers: those that a token meets, with a mixture its experts alone.
 double LayerParameters(const ModelConfig& c) { return QueryCostsOf(c, 0).per_token / 2; }

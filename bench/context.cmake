@@ -1,0 +1,2 @@
+add_executable(bench_context context.cc)
+target_link_libraries(bench_context PRIVATE weft_machine_limits weft_runner)

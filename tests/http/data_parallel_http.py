@@ -61,6 +61,25 @@ def complete(server, tokens, greedy, stream):
     return got
 
 
+def check_expert_load(server, model):
+    with open(data("models", model, "config.json"), encoding="utf-8") as f:
+        config = json.load(f)
+    experts = config.get("num_experts", config.get("n_routed_experts"))
+    load = by_engine(server, "weft:expert_tokens_total")
+    if experts is None:
+        assert not load, load
+        return
+    dense = config.get("first_k_dense_replace", 0) + len(config.get("mlp_only_layers", []))
+    layers = config["num_hidden_layers"] - dense
+    # Each token of prompts and outputs but an output's last one, less what the prefix caches had.
+    computed = (server.metric("vllm:prompt_tokens_total") - server.metric("vllm:prefix_cache_hits_total") +
+                server.metric("vllm:generation_tokens_total") - server.metric("vllm:request_success_total"))
+    assert sum(load.values()) == computed * layers * config["num_experts_per_tok"], (load, computed)
+    assert len([line for line in server.get("/metrics").splitlines() if line.startswith("weft:expert_tokens_total{")]) \
+        == experts * len(load)
+    assert min(load.values()) > 0, load
+
+
 def check(binary, model, replicas, *flags):
     reference = Reference(model)
     failures, compared = [], [0]
@@ -91,6 +110,7 @@ def check(binary, model, replicas, *flags):
         done = by_engine(server, "vllm:request_success_total")
         assert len(done) == replicas and sum(done.values()) == len(clients) * len(reference.cases) + 1, done
         assert all(count > 0 for count in done.values()), done
+        check_expert_load(server, model)
     assert compared[0] > 200, compared
     print(f"{model} -dp {replicas} {' '.join(flags)}: {compared[0]} tokens equal, requests {done}", flush=True)
 

@@ -353,6 +353,7 @@ TEST(DataParallel, StatsAreSums) {
   EXPECT_EQ(sum.prefix_cache_queries, prompts);
   EXPECT_EQ(sum.request_success.at("length"), 10u);
   EXPECT_EQ(sum.kv_tokens_per_shard, std::vector<int64_t>(6, 0));
+  EXPECT_EQ(sum.expert_tokens, (std::vector<int64_t>{0, 3 * 2, 3 * 3}));
   const auto& counts = sum.time_to_first_token_seconds.counts;
   EXPECT_EQ(std::accumulate(counts.begin(), counts.end(), uint64_t{0}), 10u);
   double seconds = 0;

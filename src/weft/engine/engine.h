@@ -36,6 +36,8 @@ struct EngineStats {
   Histogram request_decode_time_seconds;
   // KV tokens that each shard holds now, replica by replica.
   std::vector<int64_t> kv_tokens_per_shard;
+  // Tokens that each expert has computed, all layers together; empty for a model without experts.
+  std::vector<int64_t> expert_tokens;
 };
 
 class Engine {

@@ -68,6 +68,7 @@ class FakeExecutor : public StepExecutor {
     if (after) after(output);
     return output;
   }
+  std::vector<int64_t> ExpertLoad() const override { return {0, 2, 3}; }
   int64_t num_blocks() const override { return num_blocks_; }
 
   // Steps that may be executed before the next Allow; negative: any number.

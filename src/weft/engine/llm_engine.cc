@@ -263,6 +263,7 @@ void LLMEngine::Die(const std::string& why) {
 
 EngineStats LLMEngine::Stats() const {
   EngineStats stats = metrics_.Snapshot();
+  stats.expert_tokens = executor_->ExpertLoad();
   const std::lock_guard lock(mutex_);
   SchedulerStats now = scheduler_.Stats();
   stats.num_requests_running = now.running;

@@ -445,6 +445,7 @@ TEST(LLMEngine, Statistics) {
   EXPECT_EQ(stats.request_success.at("length"), 3u);
   EXPECT_EQ(stats.request_success.at("stop"), 0u);
   EXPECT_EQ(stats.kv_tokens_per_shard.size(), 2u);
+  EXPECT_EQ(stats.expert_tokens, (std::vector<int64_t>{0, 2, 3}));
   const auto count = [](const Histogram& h) {
     EXPECT_EQ(h.counts.size(), h.bounds.size() + 1);
     EXPECT_TRUE(std::is_sorted(h.bounds.begin(), h.bounds.end()));

@@ -61,6 +61,9 @@ class Transformer {
   // on all of it; complete on TP rank 0, whose `logits` alone is written (others may pass null).
   void Logits(std::span<const int64_t> rows, float* logits);
 
+  // MoeExperts::load; empty without experts.
+  std::span<const int64_t> expert_load() const { return moe_ ? moe_->load() : std::span<const int64_t>{}; }
+
  private:
   void Embed(const ForwardBatch& batch);
   // attn_ = the attention's output for the rows of normed_.

@@ -17,6 +17,7 @@ class ThreadExecutor : public StepExecutor {
 
   StepOutput Execute(const StepPlan& plan) override { return MergeOutputs(plan, host_.Step(plan)); }
   int64_t num_blocks() const override { return host_.num_blocks(); }
+  std::vector<int64_t> ExpertLoad() const override { return host_.ExpertLoad(0); }
 
  private:
   RankHost host_;

@@ -25,6 +25,8 @@ class JointExecutor {
   // a rank failed: the executor is dead then. Not for concurrent callers.
   virtual std::vector<StepOutput> Execute(std::span<const StepPlan* const> plans) = 0;
   virtual int64_t num_blocks() const = 0;
+  // StepExecutor::ExpertLoad of a replica.
+  virtual std::vector<int64_t> ExpertLoad(size_t /*replica*/) const { return {}; }
   // StepExecutor::SetFailureListener.
   virtual void SetFailureListener(std::function<void(const std::string& why)>) {}
 };

@@ -23,6 +23,9 @@ class ModelRunner {
   // over all of them.
   std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table, int64_t most_rows = 0);
 
+  // MoeExperts::load; empty without experts.
+  std::span<const int64_t> expert_load() const { return transformer_.expert_load(); }
+
  private:
   void CopyBlocks(const StepPlan& plan);
   void LookAt(const LogitsRow& row, const RequestState& state, const StepPlan& plan, std::span<float> logits,

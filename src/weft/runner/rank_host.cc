@@ -86,6 +86,8 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
   const int64_t positions = options.max_model_len > 0 ? options.max_model_len : config_.max_position_embeddings;
   rope_ = std::make_shared<RopeCache>(config_.rope, config_.rotary_dim, positions);
 
+  const auto replicas = static_cast<size_t>(parallel.data_parallel);
+  expert_loads_.resize(replicas, std::vector<int64_t>(config_.moe ? static_cast<size_t>(config_.moe->num_experts) : 0));
   ranks_.resize(here_.size());
   MakeTeams();
   // On its own thread, so that a rank's memory is touched first, and its pool pinned, where it runs.
@@ -170,13 +172,38 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
     found[static_cast<size_t>(index)] =
         ranks_[static_cast<size_t>(index)]->runner->Step(*work[replica], tables_[replica], most_rows);
   };
-  if (!std::ranges::all_of(work, idle)) RunOnAll(teams_[steps_together() ? 0 : last], step);
+  if (!std::ranges::all_of(work, idle)) {
+    Team& team = teams_[steps_together() ? 0 : last];
+    RunOnAll(team, step);
+    CountExpertLoad(team);
+  }
   Outputs outputs(plans.size());
   for (size_t index = 0; index < found.size(); ++index) {
     const auto replica = static_cast<size_t>(GroupsOf(static_cast<int>(index)).coord.dp);
     outputs[replica].push_back(std::move(found[index]));
   }
   return outputs;
+}
+
+void RankHost::CountExpertLoad(const Team& team) {
+  if (!config_.moe) return;
+  const auto experts = static_cast<size_t>(config_.moe->num_experts);
+  const auto dp = [&](int index) { return static_cast<size_t>(GroupsOf(index).coord.dp); };
+  const std::lock_guard lock(load_mutex_);
+  for (int i = 0; i < team.threads->size(); ++i) expert_loads_[dp(team.first + i)].assign(experts, 0);
+  for (int i = 0; i < team.threads->size(); ++i) {
+    const int index = team.first + i;
+    // Without expert parallelism the ranks of a TP group have slices of each expert, and run the same rows.
+    if (!options_.parallel.expert_parallel && GroupsOf(index).coord.tp != 0) continue;
+    const std::span<const int64_t> load = ranks_[static_cast<size_t>(index)]->runner->expert_load();
+    std::vector<int64_t>& sum = expert_loads_[dp(index)];
+    for (size_t e = 0; e < experts; ++e) sum[e] += load[e];
+  }
+}
+
+std::vector<int64_t> RankHost::ExpertLoad(size_t replica) const {
+  const std::lock_guard lock(load_mutex_);
+  return expert_loads_.at(replica);
 }
 
 std::vector<std::vector<RowOutput>> RankHost::Step(const StepPlan& plan) {

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -44,6 +45,8 @@ class RankHost {
   std::vector<std::vector<RowOutput>> Step(const StepPlan& plan);
 
   int64_t num_blocks() const { return num_blocks_; }
+  // StepExecutor::ExpertLoad, of the replica's ranks that live here. Thread-safe.
+  std::vector<int64_t> ExpertLoad(size_t replica) const;
 
  private:
   struct Rank {
@@ -60,6 +63,8 @@ class RankHost {
   };
 
   void MakeTeams();
+  // expert_loads_ of the team's replicas. Between two runs of the team.
+  void CountExpertLoad(const Team& team);
   // Runs f(index) for each rank of a team on its thread.
   void RunOnAll(Team& team, FunctionRef<void(int index)> f);
   void LoadAllWeights(const Checkpoint& checkpoint, int threads);
@@ -87,7 +92,9 @@ class RankHost {
   std::shared_ptr<const RopeCache> rope_;
   std::function<void(const std::string&)> on_failure_;
   std::vector<std::unique_ptr<Rank>> ranks_;
-  std::vector<Team> teams_;  // one of all ranks here; or one for each replica
+  mutable std::mutex load_mutex_;
+  std::vector<std::vector<int64_t>> expert_loads_;  // by replica, then expert; under load_mutex_
+  std::vector<Team> teams_;                         // one of all ranks here; or one for each replica
 };
 
 }  // namespace weft

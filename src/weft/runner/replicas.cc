@@ -23,6 +23,7 @@ class JointThreads : public JointExecutor {
     return outputs;
   }
   int64_t num_blocks() const override { return host_->num_blocks(); }
+  std::vector<int64_t> ExpertLoad(size_t replica) const override { return host_->ExpertLoad(replica); }
 
  private:
   const std::unique_ptr<RankHost> host_;
@@ -40,6 +41,7 @@ class ReplicaExecutor : public StepExecutor {
     return MergeOutputs(plan, std::move(host_->Step(plans)[replica_]));
   }
   int64_t num_blocks() const override { return host_->num_blocks(); }
+  std::vector<int64_t> ExpertLoad() const override { return host_->ExpertLoad(replica_); }
 
  private:
   const std::shared_ptr<RankHost> host_;

@@ -5,11 +5,13 @@
 #include <gtest/gtest.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <thread>
 
 #include "weft/runner/layout_oracle.h"
@@ -198,6 +200,57 @@ TEST_P(Replicas, AFailureEndsThoseThatStepTogether) {
       } else {
         run(other);
       }
+    }
+  }
+}
+
+// Every row that a replica's requests had is counted once an expert and layer, wherever the expert is.
+TEST_P(Replicas, ExpertLoadCountsEveryRowOnce) {
+  const ModelConfig config = testing::SmallConfig(GetParam());
+  int64_t rows = 0;  // of all requests, in layers with experts
+  for (int i = 0; i < 2; ++i) {
+    Traffic& traffic = MakeTraffic();
+    for (const int64_t n : {40, 7}) traffic.Add(n, 5);
+    rows += (40 + 4 + 7 + 4) * std::ranges::count(config.moe_layers, true);
+  }
+  const auto load = [&](const cp::ParallelConfig& layout, const Choices& choices) {
+    auto executors = Make(layout, choices);
+    if (layout.data_parallel > 1) {
+      Check(executors, layout, {.max_chunk = 9, .mixed = true});
+    } else {
+      for (const auto& traffic : traffic_) traffic->oracle.Check(*executors[0], layout, {});
+    }
+    std::vector<int64_t> sum;
+    for (size_t i = 0; i < executors.size(); ++i) {
+      const std::vector<int64_t> of_replica = executors[i]->ExpertLoad();
+      sum.resize(of_replica.size());
+      for (size_t e = 0; e < sum.size(); ++e) sum[e] += of_replica[e];
+      // One without requests has its experts run for the others, and else nothing.
+      if (HasExperts() && i >= traffic_.size()) {
+        EXPECT_EQ(std::ranges::max(of_replica) > 0, layout.expert_parallel);
+      }
+    }
+    return sum;
+  };
+  const auto one = load({.block_tokens = kBlock}, {});
+  if (!HasExperts()) {
+    EXPECT_TRUE(one.empty());
+    return;
+  }
+  ASSERT_EQ(one.size(), static_cast<size_t>(config.moe->num_experts));
+  EXPECT_EQ(std::accumulate(one.begin(), one.end(), int64_t{0}), rows * config.moe->experts_per_token);
+  for (const bool ep : {false, true}) {
+    for (const int64_t alone : {0, 100}) {
+      const auto got = load({.data_parallel = 3,
+                             .prefill_context_parallel = 2,
+                             .tensor_parallel = 2,
+                             .block_tokens = kBlock,
+                             .expert_parallel = ep},
+                            {.solo_max_tokens = alone});
+      ASSERT_EQ(got.size(), one.size());
+      EXPECT_EQ(std::accumulate(got.begin(), got.end(), int64_t{0}), rows * config.moe->experts_per_token);
+      // A tie may go the other way.
+      for (size_t e = 0; e < one.size(); ++e) EXPECT_NEAR(got[e], one[e], 2) << "expert " << e << ", EP " << ep;
     }
   }
 }

@@ -87,6 +87,9 @@ class StepExecutor {
   virtual StepOutput Execute(const StepPlan& plan) = 0;
   // Virtual blocks in each rank's KV cache.
   virtual int64_t num_blocks() const = 0;
+  // Rows that each expert of the replica's ranks has computed since the start, all layers together; empty for a model
+  // without experts. Thread-safe.
+  virtual std::vector<int64_t> ExpertLoad() const { return {}; }
   // Called once, from a thread of the executor, when it finds out between steps that it is dead: with the reason. After
   // this has returned, an earlier listener is not called any more.
   virtual void SetFailureListener(std::function<void(const std::string& why)>) {}

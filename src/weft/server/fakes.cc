@@ -122,6 +122,7 @@ FakeEngine::FakeEngine(std::shared_ptr<const Tokenizer> tokenizer, int64_t max_m
     histogram->sum = 42.5;
   }
   stats_.kv_tokens_per_shard = {7, 8};
+  stats_.expert_tokens = {0, 1234, 5};
 }
 
 FakeEngine::~FakeEngine() {

@@ -3,6 +3,7 @@
 #include <prometheus/metric_family.h>
 #include <prometheus/text_serializer.h>
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <sstream>
@@ -54,6 +55,18 @@ class Families {
       const std::vector<int64_t>& tokens = replicas_[i].kv_tokens_per_shard;
       for (size_t shard = 0; shard < tokens.size(); ++shard) {
         Line(i, {{"shard", std::to_string(shard)}}).gauge.value = static_cast<double>(tokens[shard]);
+      }
+    }
+  }
+
+  // No lines for a model without experts.
+  void ExpertTokens(const char* name, const char* help) {
+    if (std::ranges::all_of(replicas_, [](const EngineStats& s) { return s.expert_tokens.empty(); })) return;
+    Begin(name, help, MetricType::Counter);
+    for (size_t i = 0; i < replicas_.size(); ++i) {
+      const std::vector<int64_t>& tokens = replicas_[i].expert_tokens;
+      for (size_t expert = 0; expert < tokens.size(); ++expert) {
+        Line(i, {{"expert", std::to_string(expert)}}).counter.value = static_cast<double>(tokens[expert]);
       }
     }
   }
@@ -127,6 +140,8 @@ std::string MetricsText(std::span<const EngineStats> replicas, const std::string
   out.Distribution("vllm:request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.",
                    &EngineStats::request_decode_time_seconds);
   out.KvTokens("weft:cp_kv_tokens", "KV tokens that a shard of the context holds.");
+  out.ExpertTokens("weft:expert_tokens_total",
+                   "Tokens that the ranks of this engine have run through an expert, once for each layer.");
   return out.Text();
 }
 

@@ -261,7 +261,10 @@ TEST_F(ServerTest, Metrics) {
         "vllm:inter_token_latency_seconds_bucket{", "vllm:e2e_request_latency_seconds_bucket{",
         "vllm:request_queue_time_seconds_bucket{", "vllm:request_prefill_time_seconds_bucket{",
         "vllm:request_decode_time_seconds_bucket{",
-        "weft:cp_kv_tokens{model_name=\"model-a\",engine=\"0\",shard=\"1\"} 8"}) {
+        "weft:cp_kv_tokens{model_name=\"model-a\",engine=\"0\",shard=\"1\"} 8",
+        "weft:expert_tokens_total{model_name=\"model-a\",engine=\"0\",expert=\"0\"} 0",
+        "weft:expert_tokens_total{model_name=\"model-a\",engine=\"0\",expert=\"1\"} 1234",
+        "# TYPE weft:expert_tokens_total counter"}) {
     EXPECT_NE(response.body.find(line), std::string::npos) << line << "\n" << response.body;
   }
 }

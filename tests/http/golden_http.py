@@ -3,13 +3,15 @@
 reference logits, and greedy completions are the reference continuations, on one rank and split over several.
 
     golden_http.py WEFT_BINARY
+    golden_http.py WEFT_BINARY --mpirun MPIRUN          ranks in two processes
+    golden_http.py WEFT_BINARY --launcher LAUNCHER...   a small check with the server behind this command
 """
 import json
 import math
 import sys
 
 from golden_files import read_safetensors
-from weft_server import Server, data, free_memory_flag
+from weft_server import Server, data, free_memory_flag, mpirun_launcher
 
 LAYOUTS = {
     "llama_llama3": [[], ["--prefill-context-parallel-size", "2", "--tensor-parallel-size", "2"]],
@@ -25,6 +27,12 @@ LAYOUTS = {
     "deepseek_v3": [["-tp", "4", "-dcp", "4"]],
     "qwen3_moe": [["-tp", "4", "-dcp", "2", "-pcp", "2"]],
 }
+# Over two processes.
+MPI_LAYOUTS = {
+    "llama_tied": [["-pcp", "2"], ["-tp", "2", "-dcp", "2"]],
+    "deepseek_v2_lite": [["-pcp", "2"], ["-tp", "2", "-dcp", "2"]],
+    "qwen3_moe": [["-pcp", "2", "-tp", "2", "--enable-expert-parallel"]],
+}
 MIXTURES = ("deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3", "qwen3_moe")
 
 
@@ -38,7 +46,7 @@ def relative(a, b):
     return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) / sum(y * y for y in b))
 
 
-def check(binary, model, dtype, flags):
+def check(binary, model, dtype, flags, launcher=()):
     folder = data("models", model)
     expected = read_safetensors(folder + "/expected.safetensors")
     with open(folder + "/manifest.json", encoding="utf-8") as f:
@@ -49,7 +57,7 @@ def check(binary, model, dtype, flags):
     flips = dtype == "bfloat16" and model in MIXTURES
     with Server(binary, folder, "--skip-tokenizer-init", "--dtype", dtype, "--max-logprobs", "-1",
                 "--max-model-len", "2200" if model == "qwen3" else "1000", "--block-size", "16", "--served-model-name",
-                model, *free_memory_flag(), *flags) as server:
+                model, *free_memory_flag(), *flags, launcher=launcher) as server:
         for k, prompt in enumerate(manifest["prompts"]):
             if prompt["length"] > 600:
                 continue  # a body of a hundred megabytes; the executor's own test has it
@@ -105,6 +113,14 @@ def check(binary, model, dtype, flags):
 
 def main():
     binary = sys.argv[1]
+    if sys.argv[2:3] == ["--mpirun"]:
+        for model, layouts in MPI_LAYOUTS.items():
+            for flags in layouts:
+                check(binary, model, "float32", flags, mpirun_launcher(sys.argv[3], 2))
+        return
+    if sys.argv[2:3] == ["--launcher"]:
+        check(binary, "llama_tied", "float32", ["-pcp", "2"], sys.argv[3:])
+        return
     for model, layouts in LAYOUTS.items():
         for flags in layouts:
             check(binary, model, "float32", flags)

@@ -1,6 +1,7 @@
 #include "weft/cli/multi_process.h"
 
 #include <sys/prctl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -16,6 +17,9 @@
 
 namespace weft::cli {
 namespace {
+
+// What a follower has after SIGTERM before the kernel ends it, whatever it is doing.
+constexpr unsigned kSecondsAfterSigterm = 5;
 
 // Of this process, for how its end has to be.
 std::shared_ptr<Processes>& Joined() {
@@ -99,9 +103,10 @@ std::shared_ptr<Processes> JoinProcesses(const EngineArgs& args) {
                 ErrorKind::kInvalidArgument, "--nnodes");
   }
   if (processes->rank() > 0) {
-    // They come to all processes together (Ctrl-C, mpirun's end). Process 0 drains, and then lets the others go.
+    // They come to all processes together (Ctrl-C, mpirun's end). Process 0 drains, and then lets the others go. Should
+    // it not come to that, this one ends all the same: `mpirun --with-ft ulfm` would not insist.
     std::signal(SIGINT, SIG_IGN);
-    std::signal(SIGTERM, SIG_IGN);
+    std::signal(SIGTERM, [](int) { alarm(kSecondsAfterSigterm); });
   } else {
     spdlog::info("{} processes on {} hosts: {}", processes->size(), hosts.size(), fmt::join(hosts, ", "));
   }
@@ -154,9 +159,13 @@ int FinishProcesses(int status, const std::string& why) {
     return 0;
   }
   processes->Fail(fmt::format("process {}: {}", processes->rank(), why.empty() ? "has failed" : why));
-  // Process 0 tells its clients first and then ends everybody; where it is gone, this one does.
+  // Process 0 tells its clients first and then ends everybody, by SIGTERM; where it is gone, this one does.
+  std::signal(SIGTERM, SIG_DFL);
   if (processes->rank() > 0 && !processes->IsDead(0)) std::this_thread::sleep_for(std::chrono::seconds(10));
-  ExitAfterFailure(true);
+  // Alone, it has nobody to take along, and mpirun would count an abort of the last process as no error.
+  bool others = false;
+  for (int p = 0; p < processes->size(); ++p) others |= p != processes->rank() && !processes->IsDead(p);
+  ExitAfterFailure(others);
 }
 
 }  // namespace weft::cli

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <random>
 
 #include "weft/model/convert.h"
@@ -267,6 +268,46 @@ TEST(Checkpoint, RefusesFp8WithoutItsScales) {
   header.erase("a.weight_scale_inv");
   write(header);
   EXPECT_TRUE(Mentions(error(), "tensor a.weight_scale_inv is missing in"));
+}
+
+// KiB of this process's memory that are pages of the file.
+int64_t ResidentKiB(const std::string& path) {
+  std::ifstream maps("/proc/self/smaps");
+  int64_t total = 0;
+  bool of_file = false;
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find(path) != line.npos) of_file = true;
+    if (of_file && line.starts_with("Rss:")) {
+      total += std::stoll(line.substr(4));
+      of_file = false;
+    }
+  }
+  return total;
+}
+
+// Loading must not keep the files in memory beside the weights, whichever way a tensor is read.
+TEST(Checkpoint, WhatWasReadLeavesTheProcess) {
+  constexpr int64_t kRows = 3072, kCols = 4096;  // 24 MiB of bf16, 12 of FP8
+  constexpr int64_t kLimitKiB = 8 << 10;         // a tile, to whole huge pages where the kernel maps those
+  const testing::TempFolder folder;
+  Json config = TinyConfig();
+  config["quantization_config"] = {{"quant_method", "fp8"}, {"weight_block_size", {kRows, kCols}}};
+  folder.Write("config.json", config.dump());
+  const Json header = {{"a.weight", Entry("BF16", {kRows, kCols}, 0, 2 * kRows * kCols)},
+                       {"b.weight", Entry("F8_E4M3", {kRows, kCols}, 2 * kRows * kCols, 3 * kRows * kCols)},
+                       {"b.weight_scale_inv", Entry("F32", {1, 1}, 3 * kRows * kCols, 3 * kRows * kCols + 4)}};
+  const std::string path =
+      folder.Write("model.safetensors", testing::Safetensors(header, std::string(3 * kRows * kCols + 4, '\0')));
+  const auto checkpoint = OpenCheckpoint(folder.path());
+  std::vector<uint16_t> tile(64 * kCols);
+  for (const char* name : {"a.weight", "b.weight"}) {
+    for (const int64_t cols : {kCols, kCols / 2}) {
+      for (int64_t row = 0; row < kRows; row += 64) {
+        checkpoint->Read(name, row, 64, kCols - cols, cols, DType::kBF16, tile.data());
+        ASSERT_LE(ResidentKiB(path), kLimitKiB) << name << " row " << row;
+      }
+    }
+  }
 }
 
 // A folder of two shards; the tests break one thing each.

@@ -12,13 +12,26 @@
 
 namespace weft {
 
+namespace {
+constexpr int64_t kReadAheadBytes = 256 << 10;
+constexpr int64_t kReadDoneBytes = 64 << 10;
+}  // namespace
+
 void ReadAhead(const void* data, int64_t bytes) {
-  if (bytes <= 0) return;
+  if (bytes < kReadAheadBytes) return;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
   // Only advice: what it returns does not matter.
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
+}
+
+void ReadDone(const void* data, int64_t bytes) {
+  if (bytes < kReadDoneBytes) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 std::string ReadTextFile(const std::string& path) {

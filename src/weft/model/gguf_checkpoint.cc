@@ -17,7 +17,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr int64_t kReadAheadBytes = 256 << 10;
 constexpr uint32_t kGgmlF32 = 0, kGgmlF16 = 1, kGgmlBF16 = 30;
 
 // The stored type, where it is one that ConvertValues reads.
@@ -93,6 +92,11 @@ class GgufCheckpoint : public Checkpoint {
       for (int64_t i = 0; i < rows; ++i) {
         ReadRows(tensor, PermutedRow(row0 + i, config_.head_dim), 1, col0, cols, dtype, out + Bytes(i * cols, dtype));
       }
+      // The heads that these rows are of.
+      const int64_t first = row0 / config_.head_dim * config_.head_dim;
+      const int64_t end = (row0 + rows + config_.head_dim - 1) / config_.head_dim * config_.head_dim;
+      const auto row_bytes = static_cast<int64_t>(tensor.bytes) / at.rows;
+      ReadDone(tensor.data + first * row_bytes, (end - first) * row_bytes);
     }
   }
 
@@ -206,31 +210,38 @@ class GgufCheckpoint : public Checkpoint {
     const auto block_bytes = static_cast<int64_t>(tensor.type.block_bytes);
     const int64_t row_bytes = all_cols / block * block_bytes;
     const uint8_t* src = tensor.data + row0 * row_bytes;
-    if (cols == all_cols && rows * row_bytes >= kReadAheadBytes) ReadAhead(src, rows * row_bytes);
+    if (cols == all_cols) ReadAhead(src, rows * row_bytes);
     if (const auto plain = PlainType(tensor.type.type)) {
       if (cols == all_cols) {
         ConvertValues(*plain, src, dtype, dst, rows * cols);
-        return;
+      } else {
+        for (int64_t row = 0; row < rows; ++row) {
+          ConvertValues(*plain, src + row * row_bytes + col0 * block_bytes, dtype, dst + Bytes(row * cols, dtype),
+                        cols);
+        }
       }
+    } else {
       for (int64_t row = 0; row < rows; ++row) {
-        ConvertValues(*plain, src + row * row_bytes + col0 * block_bytes, dtype, dst + Bytes(row * cols, dtype), cols);
+        DequantiseRow(tensor.type, src + row * row_bytes, col0, cols, dtype, dst + Bytes(row * cols, dtype));
       }
-      return;
     }
-    // Through a few blocks of f32, from the block that holds the first column on.
+    ReadDone(src, rows * row_bytes);
+  }
+
+  // Values [col0, col0 + cols) of one row, through a few blocks of f32, from the block that holds the first one on.
+  static void DequantiseRow(const GgmlTypeInfo& type, const uint8_t* row, int64_t col0, int64_t cols, DType dtype,
+                            uint8_t* out) {
     constexpr int64_t kStaging = 1024;  // a multiple of every block
     float staging[kStaging];
-    for (int64_t row = 0; row < rows; ++row) {
-      uint8_t* out = dst + Bytes(row * cols, dtype);
-      for (int64_t col = col0; col < col0 + cols;) {
-        const int64_t first_block = col / block;
-        const int64_t end = std::min(col0 + cols, first_block * block + kStaging);
-        const int64_t blocks = (end + block - 1) / block - first_block;
-        Dequantise(tensor.type.type, src + row * row_bytes + first_block * block_bytes, blocks, staging);
-        ConvertValues(DType::kF32, staging + (col - first_block * block), dtype, out, end - col);
-        out += Bytes(end - col, dtype);
-        col = end;
-      }
+    const auto block = static_cast<int64_t>(type.block_elements);
+    for (int64_t col = col0; col < col0 + cols;) {
+      const int64_t first_block = col / block;
+      const int64_t end = std::min(col0 + cols, first_block * block + kStaging);
+      const int64_t blocks = (end + block - 1) / block - first_block;
+      Dequantise(type.type, row + first_block * static_cast<int64_t>(type.block_bytes), blocks, staging);
+      ConvertValues(DType::kF32, staging + (col - first_block * block), dtype, out, end - col);
+      out += Bytes(end - col, dtype);
+      col = end;
     }
   }
 

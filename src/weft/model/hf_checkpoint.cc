@@ -16,9 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-// From this many bytes on a read is announced to the kernel.
-constexpr int64_t kReadAheadBytes = 256 << 10;
-
 struct Location {
   const SafetensorsFile* file;
   const SafetensorsTensor* tensor;
@@ -62,18 +59,18 @@ class HfCheckpoint : public Checkpoint {
     }
     const DType stored = FloatType(name, at);
     const auto width = static_cast<int64_t>(SizeOf(stored));
-    const uint8_t* src = tensor.data + (row0 * all_cols + col0) * width;
+    const uint8_t* begin = tensor.data + row0 * all_cols * width;
     if (cols == all_cols) {  // whole rows lie together
-      if (rows * cols * width >= kReadAheadBytes) ReadAhead(src, rows * cols * width);
-      ConvertValues(stored, src, dtype, dst, rows * cols);
-      return;
+      ReadAhead(begin, rows * cols * width);
+      ConvertValues(stored, begin, dtype, dst, rows * cols);
+    } else {
+      auto* out = static_cast<uint8_t*>(dst);
+      for (int64_t row = 0; row < rows; ++row) {
+        ConvertValues(stored, begin + (row * all_cols + col0) * width, dtype, out, cols);
+        out += static_cast<size_t>(cols) * SizeOf(dtype);
+      }
     }
-    auto* out = static_cast<uint8_t*>(dst);
-    for (int64_t row = 0; row < rows; ++row) {
-      ConvertValues(stored, src, dtype, out, cols);
-      src += all_cols * width;
-      out += static_cast<size_t>(cols) * SizeOf(dtype);
-    }
+    ReadDone(begin, rows * all_cols * width);
   }
 
   int64_t total_bytes() const override { return total_bytes_; }
@@ -103,7 +100,7 @@ class HfCheckpoint : public Checkpoint {
     const auto scale_width = static_cast<int64_t>(SizeOf(scale_type));
 
     const uint8_t* src = tensor.data + row0 * all_cols;
-    if (cols == all_cols && rows * cols >= kReadAheadBytes) ReadAhead(src, rows * cols);
+    if (cols == all_cols) ReadAhead(src, rows * cols);
     const int64_t first = col0 / block.cols;
     std::vector<float> scale_row(static_cast<size_t>((col0 + cols + block.cols - 1) / block.cols - first));
     int64_t loaded = -1;  // the row of blocks that scale_row is of
@@ -121,6 +118,7 @@ class HfCheckpoint : public Checkpoint {
         col += n;
       }
     }
+    ReadDone(tensor.data + row0 * all_cols, rows * all_cols);
   }
 
   static constexpr const char* kIndex = "model.safetensors.index.json";

@@ -3,14 +3,61 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdio>
+#include <random>
 #include <string>
 
+#include "weft/model/file_io.h"
 #include "weft/model/test_files.h"
 
 namespace weft {
 namespace {
 
 const std::string kModels = WEFT_TEST_DATA "/models/";
+
+// The checkpoint of a folder, or, for NAME-fp8, one of the shapes of NAME with all projections in random FP8 with
+// scales of blocks that no slice lines up with.
+std::unique_ptr<Checkpoint> Open(std::string name, const testing::TempFolder& folder) {
+  constexpr int64_t kBlockRows = 24, kBlockCols = 40;
+  if (!name.ends_with("-fp8")) return OpenCheckpoint(kModels + name);
+  name.resize(name.size() - 4);
+  const auto seed = std::random_device()();
+  std::printf("seed %u\n", seed);
+  std::mt19937 random(seed);
+  const std::unique_ptr<Checkpoint> from = OpenCheckpoint(kModels + name);
+  nlohmann::json header = nlohmann::json::object();
+  std::string data;
+  const auto add = [&](const std::string& tensor, const char* type, const std::vector<int64_t>& shape,
+                       const std::string& bytes) {
+    header[tensor] = {{"dtype", type}, {"shape", shape}, {"data_offsets", {data.size(), data.size() + bytes.size()}}};
+    data += bytes;
+  };
+  for (const ModelTensor& tensor : ModelTensors(from->config())) {
+    const int64_t rows = std::max<int64_t>(tensor.rows, 1);
+    std::string bytes;
+    if (tensor.rows > 0 && tensor.name.find("_proj") != std::string::npos) {
+      const std::vector<int64_t> blocks = {(rows + kBlockRows - 1) / kBlockRows,
+                                           (tensor.cols + kBlockCols - 1) / kBlockCols};
+      for (int64_t i = 0; i < tensor.elements(); ++i) bytes += static_cast<char>(random() % 0x7f | (random() & 0x80));
+      std::string scales;
+      for (int64_t i = 0; i < blocks[0] * blocks[1]; ++i) {
+        testing::Append(scales, std::uniform_real_distribution<float>(0.001f, 0.1f)(random));
+      }
+      add(tensor.name, "F8_E4M3", {rows, tensor.cols}, bytes);
+      add(tensor.name + "_scale_inv", "F32", blocks, scales);
+    } else {
+      std::vector<float> values(static_cast<size_t>(tensor.elements()));
+      from->Read(tensor.name, 0, rows, 0, tensor.cols, DType::kF32, values.data());
+      for (const float value : values) testing::Append(bytes, value);
+      add(tensor.name, "F32", from->Shape(tensor.name), bytes);
+    }
+  }
+  nlohmann::json config = ReadJsonFile(kModels + name + "/config.json");
+  config["quantization_config"] = {{"quant_method", "fp8"}, {"weight_block_size", {kBlockRows, kBlockCols}}};
+  folder.Write("config.json", config.dump());
+  folder.Write("model.safetensors", testing::Safetensors(header, data));
+  return OpenCheckpoint(folder.path());
+}
 
 class Weights : public ::testing::TestWithParam<const char*> {
  protected:
@@ -57,7 +104,8 @@ class Weights : public ::testing::TestWithParam<const char*> {
     ExpectColumns(down, name + "down_proj.weight", part);
   }
 
-  const std::unique_ptr<Checkpoint> checkpoint_ = OpenCheckpoint(kModels + GetParam());
+  const testing::TempFolder folder_;
+  const std::unique_ptr<Checkpoint> checkpoint_ = Open(GetParam(), folder_);
   const ModelConfig& c_ = checkpoint_->config();
   const KernelTable& kernels_ = CpuKernels();
   ThreadPool pool_{2};
@@ -187,7 +235,8 @@ TEST_P(Weights, RouterPrecisionAndBytes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, Weights,
-                         ::testing::Values("qwen3_moe", "deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3"));
+                         ::testing::Values("qwen3_moe", "deepseek_v2_lite", "deepseek_v2_full", "deepseek_v3",
+                                           "qwen3_moe-fp8", "deepseek_v3-fp8"));
 
 TEST(DenseWeights, HaveNoExperts) {
   const auto checkpoint = OpenCheckpoint(kModels + "llama_tied");

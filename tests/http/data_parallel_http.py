@@ -3,6 +3,7 @@
 and without expert parallelism, and all replicas have their share of them.
 
     data_parallel_http.py WEFT_BINARY
+    data_parallel_http.py WEFT_BINARY --mpirun MPIRUN   ranks in two processes
 """
 import json
 import re
@@ -11,7 +12,7 @@ import threading
 import urllib.request
 
 from golden_files import read_safetensors
-from weft_server import Server, data, free_memory_flag
+from weft_server import Server, data, free_memory_flag, mpirun_launcher
 
 ROUNDS = 3
 
@@ -80,7 +81,7 @@ def check_expert_load(server, model):
     assert min(load.values()) > 0, load
 
 
-def check(binary, model, replicas, *flags):
+def check(binary, model, replicas, *flags, launcher=()):
     reference = Reference(model)
     failures, compared = [], [0]
 
@@ -97,7 +98,7 @@ def check(binary, model, replicas, *flags):
 
     with Server(binary, data("models", model), "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "1000",
                 "--block-size", "16", "-dp", str(replicas), "--threads-per-rank", "1", *flags,
-                *free_memory_flag()) as server:
+                *free_memory_flag(), launcher=launcher) as server:
         # One alone: the other replicas have nothing to do.
         tokens, greedy, sure = reference.cases[0]
         assert complete(server, tokens, greedy, False)[:sure] == greedy[:sure]
@@ -106,17 +107,23 @@ def check(binary, model, replicas, *flags):
             thread.start()
         for thread in clients:
             thread.join()
-        assert not failures, failures
+        assert not failures, (failures, server.text())
         done = by_engine(server, "vllm:request_success_total")
         assert len(done) == replicas and sum(done.values()) == len(clients) * len(reference.cases) + 1, done
         assert all(count > 0 for count in done.values()), done
         check_expert_load(server, model)
     assert compared[0] > 200, compared
-    print(f"{model} -dp {replicas} {' '.join(flags)}: {compared[0]} tokens equal, requests {done}", flush=True)
+    print(f"{model} -dp {replicas} {' '.join(flags)}{' in two processes' if launcher else ''}: {compared[0]} tokens equal, requests {done}", flush=True)
 
 
 def main():
     binary = sys.argv[1]
+    if sys.argv[2:3] == ["--mpirun"]:
+        launcher = mpirun_launcher(sys.argv[3], 2)
+        check(binary, "qwen3_moe", 2, "--enable-expert-parallel", launcher=launcher)
+        check(binary, "deepseek_v2_lite", 3, "--enable-expert-parallel", "-pcp", "2", launcher=launcher)
+        check(binary, "qwen3", 2, launcher=launcher)
+        return
     check(binary, "qwen3_moe", 2, "--enable-expert-parallel")
     check(binary, "qwen3_moe", 3, "-pcp", "2")
     check(binary, "deepseek_v2_lite", 2, "--enable-expert-parallel", "-tp", "2", "-dcp", "2", "-pcp", "2")

@@ -146,13 +146,6 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   built.sampling = LoadSamplingDefaults(args, built.path);
   built.parallel = ParallelConfigOf(args);
   ValidateLayout(built.parallel, built.config);
-  if (processes != nullptr && args.data_parallel > 1) {
-    throw Error(
-        fmt::format("--data-parallel-size = {}: must be 1 where mpirun has started several processes ({}); start "
-                    "one server for each replica",
-                    args.data_parallel, processes->size()),
-        ErrorKind::kInvalidArgument, "--data-parallel-size");
-  }
 
   const DType dtype = DTypeOf(args.dtype, DType::kBF16);
   const DType kv_dtype = DTypeOf(args.kv_cache_dtype, dtype);
@@ -230,7 +223,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
   }
   std::vector<std::unique_ptr<StepExecutor>> executors;
   if (processes != nullptr) {
-    executors.push_back(MakeMpiExecutor(executor_options, std::move(checkpoint), processes));
+    executors = MakeMpiExecutors(executor_options, std::move(checkpoint), processes);
   } else {
     executors = MakeReplicaExecutors(executor_options, std::move(checkpoint));
   }

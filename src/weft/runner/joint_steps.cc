@@ -32,7 +32,8 @@ class JointSteps {
       std::unique_lock lock(mutex_);
       if (!failure_) failure_ = std::make_exception_ptr(Error(why, ErrorKind::kInternal));
       changed_.notify_all();
-      Tell(lock, why);
+      // Those in a step, too: it may never end.
+      Tell(lock, why, true);
     });
   }
   ~JointSteps() { executor_->SetFailureListener({}); }
@@ -110,14 +111,15 @@ class JointSteps {
     }
     running_ = false;
     changed_.notify_all();
-    if (error) Tell(lock, Describe(error));
+    if (error) Tell(lock, Describe(error), false);
   }
 
-  // Listeners of replicas that do not find out by themselves. Each is called once.
-  void Tell(std::unique_lock<std::mutex>& lock, const std::string& why) {
+  // Listeners of replicas that do not find out by themselves, or of all. Each is called once.
+  void Tell(std::unique_lock<std::mutex>& lock, const std::string& why, bool all) {
     std::vector<std::function<void(const std::string&)>> listeners;
     for (size_t i = 0; i < slots_.size(); ++i) {
-      if (slots_[i].plan == nullptr && listeners_[i]) listeners.push_back(std::exchange(listeners_[i], nullptr));
+      const bool told = all || slots_[i].plan == nullptr;
+      if (told && listeners_[i]) listeners.push_back(std::exchange(listeners_[i], nullptr));
     }
     if (listeners.empty()) return;
     ++telling_;

@@ -39,7 +39,7 @@ class JointExecutor {
 // all of them then. For one that has become idle they do so once.
 //
 // When a step throws, every later or waiting Execute of every replica throws the same, and the failure listeners of
-// replicas that were idle are told.
+// replicas that were idle are told; those of all, where the executor itself has told of a failure.
 std::vector<std::unique_ptr<StepExecutor>> ShareSteps(std::unique_ptr<JointExecutor> executor, size_t replicas);
 
 }  // namespace weft

@@ -203,6 +203,10 @@ TEST(JointSteps, AFailureBetweenStepsIsToldToAll) {
 TEST(JointSteps, AFailureDuringAStepIsReportedWhenTheStepIsOver) {
   Rig rig(2);
   rig.joint->Allow(0);
+  std::vector<std::string> told(2);
+  for (size_t r = 0; r < 2; ++r) {
+    rig.executors[r]->SetFailureListener([&told, r](const std::string& why) { told[r] = why; });
+  }
   std::atomic<bool> back{false};
   std::thread replica([&] {
     auto plan = std::make_unique<StepPlan>(PlanOf(1));
@@ -216,6 +220,7 @@ TEST(JointSteps, AFailureDuringAStepIsReportedWhenTheStepIsOver) {
   rig.joint->listener("process 5 has died");
   std::this_thread::yield();
   EXPECT_FALSE(back);
+  for (const std::string& why : told) EXPECT_EQ(why, "process 5 has died");  // the step may never end
   rig.joint->Allow(-1);
   replica.join();
   EXPECT_THROW(rig.executors[0]->Execute(PlanOf(2)), Error);

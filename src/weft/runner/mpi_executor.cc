@@ -4,13 +4,16 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <iterator>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
 #include "weft/core/error.h"
 #include "weft/core/log.h"
 #include "weft/core/thread_pool.h"
+#include "weft/runner/joint_steps.h"
 #include "weft/runner/plan_codec.h"
 #include "weft/runner/rank_host.h"
 
@@ -48,13 +51,15 @@ std::string Describe(const std::exception_ptr& exception) {
 std::string Fingerprint(const ExecutorOptions& o, const ModelConfig& c) {
   const cp::ParallelConfig& p = o.parallel;
   return fmt::format(
-      "ranks: TP {} PCP {} DCP {} EP {}; block of {} tokens, interleave {}, PCP KV layout {}; {} blocks of {}; weights "
+      "ranks: DP {} TP {} PCP {} DCP {} EP {}; block of {} tokens, interleave {}, PCP KV layout {}; {} blocks of {}; "
+      "weights "
       "{}, kernels {}; exchange {}, cut from {}, segment {}; longest {}; seed {}; step limit {} s; model {} with {} "
       "layers, hidden {}, heads {}/{}, vocabulary {}",
-      p.tensor_parallel, p.prefill_context_parallel, p.decode_context_parallel, p.expert_parallel, p.block_tokens,
-      p.kv_interleave, static_cast<int>(p.pcp_kv_layout), o.num_blocks, NameOf(o.kv_dtype), NameOf(o.dtype), o.kernels,
-      static_cast<int>(o.exchange), o.pcp_min_tokens, o.context_segment_tokens, o.max_model_len, o.seed,
-      o.step_timeout_s, c.architecture, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.vocab_size);
+      p.data_parallel, p.tensor_parallel, p.prefill_context_parallel, p.decode_context_parallel, p.expert_parallel,
+      p.block_tokens, p.kv_interleave, static_cast<int>(p.pcp_kv_layout), o.num_blocks, NameOf(o.kv_dtype),
+      NameOf(o.dtype), o.kernels, static_cast<int>(o.exchange), o.pcp_min_tokens, o.context_segment_tokens,
+      o.max_model_len, o.seed, o.step_timeout_s, c.architecture, c.num_layers, c.hidden_size, c.num_heads,
+      c.num_kv_heads, c.vocab_size);
 }
 
 std::vector<std::string> AllGatherText(Processes& processes, const std::string& mine) {
@@ -107,13 +112,14 @@ class StepDeadline {
   Processes& processes_;
 };
 
-class MpiExecutor : public StepExecutor {
+class MpiExecutor : public JointExecutor {
  public:
   MpiExecutor(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
               std::shared_ptr<Processes> processes)
       : processes_(std::move(processes)),
         limit_s_(options.step_timeout_s),
         host_(MakeHost(options, std::move(checkpoint), *processes_)),
+        expert_loads_(static_cast<size_t>(processes_->size())),
         last_heard_(Clock::now()) {
     if (!processes_->reports_deaths()) {
       spdlog::warn(
@@ -139,20 +145,28 @@ class MpiExecutor : public StepExecutor {
     }
   }
 
-  StepOutput Execute(const StepPlan& plan) override {
+  std::vector<StepOutput> Execute(std::span<const StepPlan* const> plans) override {
     const std::lock_guard lock(mutex_);
     step_began_ = Clock::now().time_since_epoch().count();
     try {
       const StepDeadline deadline(*processes_, limit_s_);
-      const std::vector<std::byte> message = Message(Kind::kStep, EncodePlan(plan));
+      const std::vector<std::byte> message = Message(Kind::kStep, EncodePlans(plans));
       for (int p = 1; p < processes_->size(); ++p) processes_->Send(p, message);
-      std::vector<std::vector<RowOutput>> outputs = host_->Step(plan);
+      RankHost::Outputs found = host_->Step(plans);
       for (int p = 1; p < processes_->size(); ++p) {
-        for (auto& rank : DecodeOutputs(processes_->Receive(p))) outputs.push_back(std::move(rank));
+        ProcessOutputs theirs = DecodeOutputs(processes_->Receive(p));
+        WEFT_CHECK(theirs.ranks.size() == found.size());
+        for (size_t i = 0; i < found.size(); ++i) std::ranges::move(theirs.ranks[i], std::back_inserter(found[i]));
+        const std::lock_guard load_lock(load_mutex_);
+        expert_loads_[static_cast<size_t>(p)] = std::move(theirs.expert_loads);
+      }
+      std::vector<StepOutput> outputs(plans.size());
+      for (size_t i = 0; i < plans.size(); ++i) {
+        if (plans[i] != nullptr) outputs[i] = MergeOutputs(*plans[i], std::move(found[i]));
       }
       last_heard_ = Clock::now();
       step_began_ = 0;
-      return MergeOutputs(plan, std::move(outputs));
+      return outputs;
     } catch (...) {
       step_began_ = 0;
       processes_->Fail(fmt::format("process 0: {}", Describe(std::current_exception())));
@@ -161,6 +175,16 @@ class MpiExecutor : public StepExecutor {
   }
 
   int64_t num_blocks() const override { return host_->num_blocks(); }
+
+  std::vector<int64_t> ExpertLoad(size_t replica) const override {
+    std::vector<int64_t> sum = host_->ExpertLoad(replica);
+    const std::lock_guard lock(load_mutex_);
+    for (const auto& process : expert_loads_) {
+      if (process.empty()) continue;  // this one, or nothing has been heard yet
+      for (size_t e = 0; e < sum.size(); ++e) sum[e] += process[replica].at(e);
+    }
+    return sum;
+  }
 
   void SetFailureListener(std::function<void(const std::string&)> listener) override {
     const std::lock_guard lock(watch_mutex_);
@@ -211,6 +235,9 @@ class MpiExecutor : public StepExecutor {
   const double limit_s_;
   std::unique_ptr<RankHost> host_;
 
+  mutable std::mutex load_mutex_;
+  std::vector<std::vector<std::vector<int64_t>>> expert_loads_;  // by process, then replica; under load_mutex_
+
   std::mutex mutex_;  // held by who talks with the followers: a step, or a ping
   Clock::time_point last_heard_;
   std::atomic<int64_t> step_began_{0};  // of Clock; 0: none is running
@@ -237,11 +264,12 @@ std::vector<int> OwnCpus(Processes& processes) {
   return {first, first + static_cast<ptrdiff_t>(share)};
 }
 
-std::unique_ptr<StepExecutor> MakeMpiExecutor(const ExecutorOptions& options,
-                                              std::shared_ptr<const Checkpoint> checkpoint,
-                                              std::shared_ptr<Processes> processes) {
+std::vector<std::unique_ptr<StepExecutor>> MakeMpiExecutors(const ExecutorOptions& options,
+                                                            std::shared_ptr<const Checkpoint> checkpoint,
+                                                            std::shared_ptr<Processes> processes) {
   WEFT_CHECK(processes->rank() == 0);
-  return std::make_unique<MpiExecutor>(options, std::move(checkpoint), std::move(processes));
+  return ShareSteps(std::make_unique<MpiExecutor>(options, std::move(checkpoint), std::move(processes)),
+                    static_cast<size_t>(options.parallel.data_parallel));
 }
 
 void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
@@ -269,8 +297,12 @@ void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoin
       const std::span<const std::byte> content = std::span(message).subspan(1);
       switch (static_cast<Kind>(message.at(0))) {
         case Kind::kStep: {
-          const StepPlan plan = DecodePlan(content);
-          processes->Send(0, EncodeOutputs(host->Step(plan)));
+          const std::vector<std::optional<StepPlan>> plans = DecodePlans(content);
+          std::vector<const StepPlan*> given;
+          for (const auto& plan : plans) given.push_back(plan ? &*plan : nullptr);
+          ProcessOutputs outputs{.ranks = host->Step(given), .expert_loads = {}};
+          for (size_t i = 0; i < given.size(); ++i) outputs.expert_loads.push_back(host->ExpertLoad(i));
+          processes->Send(0, EncodeOutputs(outputs));
           break;
         }
         case Kind::kPing:

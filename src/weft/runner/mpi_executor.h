@@ -6,6 +6,7 @@
 // all of them fail with the first reason known.
 
 #include <memory>
+#include <vector>
 
 #include "weft/parallel/processes.h"
 #include "weft/runner/executor.h"
@@ -15,9 +16,12 @@ namespace weft {
 // In process 0, while the others call FollowSteps with the same options. Between steps it looks after the others: see
 // StepExecutor::SetFailureListener. Its destructor lets the followers go. Throws weft::Error: as MakeThreadExecutor;
 // the processes do not divide the ranks, were started with different options, or one of them failed.
-std::unique_ptr<StepExecutor> MakeMpiExecutor(const ExecutorOptions& options,
-                                              std::shared_ptr<const Checkpoint> checkpoint,
-                                              std::shared_ptr<Processes> processes);
+//
+// One executor for each of options.parallel.data_parallel replicas, for one thread each; they step together
+// (ShareSteps), with or without expert parallelism.
+std::vector<std::unique_ptr<StepExecutor>> MakeMpiExecutors(const ExecutorOptions& options,
+                                                            std::shared_ptr<const Checkpoint> checkpoint,
+                                                            std::shared_ptr<Processes> processes);
 
 // In every other process: makes its ranks and runs their part of every step, until process 0 lets it go. Throws
 // weft::Error as above, and when any process has failed.

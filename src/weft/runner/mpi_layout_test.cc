@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <functional>
@@ -36,13 +37,13 @@ uint64_t CommonSeed() {
 
 // Runs `drive` in process 0 on ranks of all processes.
 void OnAll(const SmallModel& model, const cp::ParallelConfig& layout, const Choices& choices, uint64_t seed,
-           const std::function<void(StepExecutor&)>& drive) {
+           const std::function<void(std::span<const std::unique_ptr<StepExecutor>>)>& drive) {
   ExecutorOptions options = testing::OptionsOf(layout, kTokens, choices);
   options.step_timeout_s = 60;
   const auto checkpoint = testing::RandomCheckpoint(testing::SmallConfig(model), seed);
   const auto processes = Processes::Join();
   if (everybody->rank() == 0) {
-    drive(*MakeMpiExecutor(options, checkpoint, processes));
+    drive(MakeMpiExecutors(options, checkpoint, processes));
   } else {
     FollowSteps(options, checkpoint, processes);
   }
@@ -68,7 +69,8 @@ TEST_P(MpiLayouts, GiveWhatOneRankGives) {
                           one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200}),
                           one_of(false, true), one_of(int64_t{1}, int64_t{7}, int64_t{50}, int64_t{8192})};
     layout.expert_parallel = GetParam().experts > 0 && one_of(false, true);
-    OnAll(GetParam(), layout, choices, seed, [&](StepExecutor& executor) {
+    OnAll(GetParam(), layout, choices, seed, [&](std::span<const std::unique_ptr<StepExecutor>> replicas) {
+      StepExecutor& executor = *replicas[0];
       SCOPED_TRACE(fmt::format("exchange {}, cut from {}, segments of {}", static_cast<int>(choices.exchange),
                                choices.pcp_min_tokens, choices.segment_tokens));
       oracle->Check(executor, layout, {.max_chunk = 40, .mixed = true, .preempt = 0.05});
@@ -82,6 +84,53 @@ TEST_P(MpiLayouts, GiveWhatOneRankGives) {
   EXPECT_GT(tried, 8);
 }
 
+// Replicas, each with traffic of its own from its own thread, the last one with none.
+TEST_P(MpiLayouts, ReplicasGiveWhatOneRankGives) {
+  const uint64_t seed = CommonSeed();
+  std::mt19937_64 rng(seed);
+  std::array<std::mt19937_64, 2> traffic;
+  std::vector<std::unique_ptr<Oracle>> oracles;
+  if (everybody->rank() == 0) {
+    for (size_t i = 0; i < traffic.size(); ++i) {
+      traffic[i].seed(seed + i);
+      oracles.push_back(std::make_unique<Oracle>(GetParam(), seed, traffic[i]));
+      for (const int64_t n : {1, 23, 90}) oracles.back()->Add(n, 2 + 4 * static_cast<int64_t>(i));
+    }
+  }
+  const bool moe = GetParam().experts > 0;
+  for (cp::ParallelConfig layout :
+       {cp::ParallelConfig{.data_parallel = 4}, cp::ParallelConfig{.data_parallel = 2, .prefill_context_parallel = 2},
+        cp::ParallelConfig{.data_parallel = 3, .prefill_context_parallel = 4},
+        cp::ParallelConfig{.data_parallel = 2, .tensor_parallel = 4}}) {
+    layout.block_tokens = testing::kBlock;
+    if (layout.WorldSize() % everybody->size() != 0) continue;
+    for (const bool ep : {false, true}) {
+      if (ep && !moe) continue;
+      layout.expert_parallel = ep;
+      OnAll(GetParam(), layout, {}, seed, [&](std::span<const std::unique_ptr<StepExecutor>> replicas) {
+        ASSERT_EQ(replicas.size(), static_cast<size_t>(layout.data_parallel));
+        std::vector<std::thread> threads;
+        for (size_t i = 0; i < oracles.size(); ++i) {
+          threads.emplace_back([&, i] { oracles[i]->Check(*replicas[i], layout, {.max_chunk = 40, .mixed = true}); });
+        }
+        for (std::thread& thread : threads) thread.join();
+        // Each token once for each of its experts and layers with experts, in whatever process.
+        const ModelConfig config = testing::SmallConfig(GetParam());
+        int64_t rows = 0;
+        for (const int64_t outputs : {2, 6}) rows += 1 + 23 + 90 + 3 * (outputs - 1);
+        int64_t load = 0;
+        for (const auto& replica : replicas) {
+          for (const int64_t n : replica->ExpertLoad()) load += n;
+        }
+        const int64_t layers = std::ranges::count(config.moe_layers, true);
+        EXPECT_EQ(load, moe ? rows * layers * config.moe->experts_per_token : 0);
+      });
+      const std::byte failed{static_cast<unsigned char>(HasFailure())};
+      if (everybody->AllGather(std::span(&failed, 1))[0][0] != std::byte{0}) return;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Models, MpiLayouts,
                          ::testing::Values(SmallModel{.heads = 8, .kv_heads = 2, .qk_norm = true},
                                            SmallModel{.heads = 8, .kv_heads = 8, .tied = true},
@@ -90,7 +139,7 @@ INSTANTIATE_TEST_SUITE_P(Models, MpiLayouts,
 TEST(MpiExecutor, ProcessesThatDoNotDivideTheRanksAreRefusedEverywhere) {
   const cp::ParallelConfig layout{.tensor_parallel = 1};
   try {
-    OnAll({}, layout, {}, 1, [](StepExecutor&) {});
+    OnAll({}, layout, {}, 1, [](auto) {});
     ADD_FAILURE() << "taken";
   } catch (const Error& e) {
     EXPECT_NE(std::string(e.what()).find("must divide the number of ranks, 1"), std::string::npos) << e.what();
@@ -101,7 +150,7 @@ TEST(MpiExecutor, DifferentOptionsAreRefusedEverywhere) {
   Choices choices;
   if (everybody->rank() == everybody->size() - 1) choices.segment_tokens = 77;
   try {
-    OnAll({}, {.prefill_context_parallel = everybody->size()}, choices, 1, [](StepExecutor&) {});
+    OnAll({}, {.prefill_context_parallel = everybody->size()}, choices, 1, [](auto) {});
     ADD_FAILURE() << "taken";
   } catch (const Error& e) {
     EXPECT_NE(std::string(e.what()).find("was started with other options"), std::string::npos) << e.what();
@@ -118,8 +167,8 @@ TEST(MpiExecutor, TheReasonOfAFailureReachesProcessZero) {
   std::string said;
   try {
     if (everybody->rank() == 0) {
-      const auto executor = MakeMpiExecutor(options, checkpoint, processes);
-      while (true) executor->Execute({});  // up to the failure
+      const auto executors = MakeMpiExecutors(options, checkpoint, processes);
+      while (true) executors[0]->Execute({});  // up to the failure
     }
     if (everybody->rank() > 1) FollowSteps(options, checkpoint, processes);
     std::jthread breaking([&] {

@@ -70,6 +70,12 @@ void serialize(Archive& archive, RowOutput& row) {
   archive(handle, token_id, logprobs, first_prompt_position, prompt_logprobs, logit_positions, logits, error);
 }
 
+template <typename Archive>
+void serialize(Archive& archive, ProcessOutputs& outputs) {
+  auto& [ranks, expert_loads] = outputs;
+  archive(ranks, expert_loads);
+}
+
 namespace {
 
 class WriteBuffer : public std::streambuf {
@@ -125,12 +131,20 @@ T Decode(std::span<const std::byte> bytes, const char* what) {
 
 }  // namespace
 
-std::vector<std::byte> EncodePlan(const StepPlan& plan) { return Encode(plan); }
-StepPlan DecodePlan(std::span<const std::byte> bytes) { return Decode<StepPlan>(bytes, "the plan of a step"); }
+std::vector<std::byte> EncodePlans(std::span<const StepPlan* const> plans) {
+  std::vector<std::optional<StepPlan>> copies(plans.size());
+  for (size_t i = 0; i < plans.size(); ++i) {
+    if (plans[i] != nullptr) copies[i] = *plans[i];
+  }
+  return Encode(copies);
+}
+std::vector<std::optional<StepPlan>> DecodePlans(std::span<const std::byte> bytes) {
+  return Decode<std::vector<std::optional<StepPlan>>>(bytes, "the plans of a step");
+}
 
-std::vector<std::byte> EncodeOutputs(const std::vector<std::vector<RowOutput>>& ranks) { return Encode(ranks); }
-std::vector<std::vector<RowOutput>> DecodeOutputs(std::span<const std::byte> bytes) {
-  return Decode<std::vector<std::vector<RowOutput>>>(bytes, "the outputs of a step");
+std::vector<std::byte> EncodeOutputs(const ProcessOutputs& outputs) { return Encode(outputs); }
+ProcessOutputs DecodeOutputs(std::span<const std::byte> bytes) {
+  return Decode<ProcessOutputs>(bytes, "the outputs of a step");
 }
 
 }  // namespace weft

@@ -3,6 +3,8 @@
 // Binary, in this machine's byte order, without versions: all processes are the same program.
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -10,12 +12,17 @@
 
 namespace weft {
 
-std::vector<std::byte> EncodePlan(const StepPlan& plan);
-// Throws weft::Error (kInternal) for bytes that are no plan.
-StepPlan DecodePlan(std::span<const std::byte> bytes);
+// By replica; null for one that has nothing to do.
+std::vector<std::byte> EncodePlans(std::span<const StepPlan* const> plans);
+// Throws weft::Error (kInternal) for bytes that are no plans.
+std::vector<std::optional<StepPlan>> DecodePlans(std::span<const std::byte> bytes);
 
-// What each rank of a process found out, in the order of its ranks.
-std::vector<std::byte> EncodeOutputs(const std::vector<std::vector<RowOutput>>& ranks);
-std::vector<std::vector<RowOutput>> DecodeOutputs(std::span<const std::byte> bytes);
+// What the ranks of one process found out.
+struct ProcessOutputs {
+  std::vector<std::vector<std::vector<RowOutput>>> ranks;  // by replica, then the process' ranks of it in order
+  std::vector<std::vector<int64_t>> expert_loads;          // by replica: StepExecutor::ExpertLoad of those ranks
+};
+std::vector<std::byte> EncodeOutputs(const ProcessOutputs& outputs);
+ProcessOutputs DecodeOutputs(std::span<const std::byte> bytes);
 
 }  // namespace weft

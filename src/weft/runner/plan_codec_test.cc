@@ -72,6 +72,7 @@ void Fill(RequestStep& value);
 void Fill(TokenLogprob& value);
 void Fill(PositionLogprobs& value);
 void Fill(RowOutput& value);
+void Fill(StepPlan& value);
 void Fill(std::map<int32_t, float>& value);
 template <typename T>
 void Fill(std::optional<T>& value);
@@ -117,39 +118,50 @@ void Fill(RowOutput& r) {
   FillAll(m1, m2, m3, m4, m5, m6, m7, m8);
 }
 
+void Fill(StepPlan& plan) {
+  auto& [step, admitted, released, requests, capture_logits] = plan;
+  FillAll(step, admitted, released, requests, capture_logits);
+}
+
+std::vector<std::byte> Encoded(const std::vector<std::optional<StepPlan>>& plans) {
+  std::vector<const StepPlan*> pointers;
+  for (const auto& plan : plans) pointers.push_back(plan ? &*plan : nullptr);
+  return EncodePlans(pointers);
+}
+
 TEST(PlanCodec, PlansComeBackAsTheyWere) {
   EXPECT_TRUE(rc::check([] {
-    StepPlan plan;
-    auto& [step, admitted, released, requests, capture_logits] = plan;
-    FillAll(step, admitted, released, requests, capture_logits);
-    RC_ASSERT(DecodePlan(EncodePlan(plan)) == plan);
+    std::vector<std::optional<StepPlan>> plans;
+    Fill(plans);
+    RC_ASSERT(DecodePlans(Encoded(plans)) == plans);
   }));
 }
 
 TEST(PlanCodec, OutputsComeBackAsTheyWere) {
   EXPECT_TRUE(rc::check([] {
-    std::vector<std::vector<RowOutput>> ranks;
-    Fill(ranks);
-    RC_ASSERT(DecodeOutputs(EncodeOutputs(ranks)) == ranks);
+    ProcessOutputs outputs;
+    FillAll(outputs.ranks, outputs.expert_loads);
+    const ProcessOutputs back = DecodeOutputs(EncodeOutputs(outputs));
+    RC_ASSERT(back.ranks == outputs.ranks);
+    RC_ASSERT(back.expert_loads == outputs.expert_loads);
   }));
 }
 
 // No length that a broken message could bring makes the decoder read beyond its end or take memory without bound.
 TEST(PlanCodec, CutMessagesAreRefused) {
   EXPECT_TRUE(rc::check([] {
-    StepPlan plan;
-    Fill(plan.admitted);
-    Fill(plan.requests);
-    std::vector<std::byte> bytes = EncodePlan(plan);
+    std::vector<std::optional<StepPlan>> plans(1 + *rc::gen::inRange<size_t>(0, 3));
+    for (auto& plan : plans) Fill(plan);
+    std::vector<std::byte> bytes = Encoded(plans);
     bytes.resize(*rc::gen::inRange<size_t>(0, bytes.size()));
-    RC_ASSERT_THROWS_AS(DecodePlan(bytes), Error);
+    RC_ASSERT_THROWS_AS(DecodePlans(bytes), Error);
   }));
 }
 
 TEST(PlanCodec, WhatFollowsAPlanIsRefused) {
-  std::vector<std::byte> bytes = EncodePlan({});
+  std::vector<std::byte> bytes = Encoded({StepPlan{}});
   bytes.emplace_back();
-  EXPECT_THROW(DecodePlan(bytes), Error);
+  EXPECT_THROW(DecodePlans(bytes), Error);
 }
 
 }  // namespace

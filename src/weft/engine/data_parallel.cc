@@ -61,6 +61,7 @@ void AddStats(const EngineStats& from, EngineStats& to) {
   AddHistogram(from.request_decode_time_seconds, to.request_decode_time_seconds);
   to.kv_tokens_per_shard.insert(to.kv_tokens_per_shard.end(), from.kv_tokens_per_shard.begin(),
                                 from.kv_tokens_per_shard.end());
+  to.context += from.context;
   to.expert_tokens.resize(std::max(to.expert_tokens.size(), from.expert_tokens.size()));
   for (size_t e = 0; e < from.expert_tokens.size(); ++e) to.expert_tokens[e] += from.expert_tokens[e];
 }

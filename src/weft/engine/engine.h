@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "weft/api/request.h"
+#include "weft/runner/step_plan.h"
 
 namespace weft {
 
@@ -38,6 +39,7 @@ struct EngineStats {
   std::vector<int64_t> kv_tokens_per_shard;
   // Tokens that each expert has computed, all layers together; empty for a model without experts.
   std::vector<int64_t> expert_tokens;
+  ContextCounts context;
 };
 
 class Engine {

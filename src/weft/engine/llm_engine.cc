@@ -264,6 +264,7 @@ void LLMEngine::Die(const std::string& why) {
 EngineStats LLMEngine::Stats() const {
   EngineStats stats = metrics_.Snapshot();
   stats.expert_tokens = executor_->ExpertLoad();
+  stats.context = executor_->Context();
   const std::lock_guard lock(mutex_);
   SchedulerStats now = scheduler_.Stats();
   stats.num_requests_running = now.running;

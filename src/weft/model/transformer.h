@@ -57,6 +57,9 @@ class Transformer {
   // batch.solo is set, over those of PCP rank 0, with all threads of their PCP group.
   void Forward(const ForwardBatch& batch);
 
+  // ContextAttention::exchanged_bytes.
+  int64_t exchanged_bytes() const { return attention_.exchanged_bytes(); }
+
   // Logits [rows.size(), vocab_size] of some rows of the last Forward. Collective over the TP group, with the same rows
   // on all of it; complete on TP rank 0, whose `logits` alone is written (others may pass null).
   void Logits(std::span<const int64_t> rows, float* logits);

@@ -18,6 +18,7 @@ class ThreadExecutor : public StepExecutor {
   StepOutput Execute(const StepPlan& plan) override { return MergeOutputs(plan, host_.Step(plan)); }
   int64_t num_blocks() const override { return host_.num_blocks(); }
   std::vector<int64_t> ExpertLoad() const override { return host_.ExpertLoad(0); }
+  ContextCounts Context() const override { return host_.Context(0); }
 
  private:
   RankHost host_;

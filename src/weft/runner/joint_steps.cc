@@ -61,6 +61,7 @@ class JointSteps {
 
   int64_t num_blocks() const { return executor_->num_blocks(); }
   std::vector<int64_t> ExpertLoad(size_t replica) const { return executor_->ExpertLoad(replica); }
+  ContextCounts Context(size_t replica) const { return executor_->Context(replica); }
 
   void SetFailureListener(size_t replica, std::function<void(const std::string&)> listener) {
     std::unique_lock lock(mutex_);
@@ -152,6 +153,7 @@ class Replica : public StepExecutor {
   StepOutput Execute(const StepPlan& plan) override { return steps_->Execute(index_, plan); }
   int64_t num_blocks() const override { return steps_->num_blocks(); }
   std::vector<int64_t> ExpertLoad() const override { return steps_->ExpertLoad(index_); }
+  ContextCounts Context() const override { return steps_->Context(index_); }
   void SetFailureListener(std::function<void(const std::string& why)> listener) override {
     steps_->SetFailureListener(index_, std::move(listener));
   }

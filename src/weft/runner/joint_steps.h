@@ -27,6 +27,8 @@ class JointExecutor {
   virtual int64_t num_blocks() const = 0;
   // StepExecutor::ExpertLoad of a replica.
   virtual std::vector<int64_t> ExpertLoad(size_t /*replica*/) const { return {}; }
+  // StepExecutor::Context of a replica.
+  virtual ContextCounts Context(size_t /*replica*/) const { return {}; }
   // StepExecutor::SetFailureListener.
   virtual void SetFailureListener(std::function<void(const std::string& why)>) {}
 };

@@ -171,6 +171,31 @@ TEST_F(Cases, ThousandsOfTokens) {
   oracle_.Check(Layout(4, 2, 2, 4), {.max_chunk = 900});
 }
 
+TEST_F(Cases, CountsWhatContextParallelismDid) {
+  for (const int64_t n : {5, 150}) oracle_.Add(n, 4);
+  constexpr uint64_t kTokens = 5 + 3 + 150 + 3;
+  const auto counts = [&](const Choices& choices) {
+    const auto executor = MakeExecutor(model_, Layout(1, 2, 1), seed_, 512, choices);
+    oracle_.Check(*executor, Layout(1, 2, 1), {});
+    return executor->Context();
+  };
+  ContextCounts c = counts({.exchange = ContextExchange::kGatherKv, .pcp_min_tokens = 20});
+  EXPECT_EQ(c.gather_kv_tokens, kTokens);
+  EXPECT_EQ(c.gather_q_tokens, 0u);
+  EXPECT_EQ(c.cut_prefills, 1u);
+  EXPECT_EQ(c.whole_prefills, 1u);
+  EXPECT_EQ(c.solo_steps, 0u);
+  EXPECT_EQ(c.exchanged_bytes, 0u);  // all is read in place
+  c = counts({.exchange = ContextExchange::kGatherQ, .pcp_min_tokens = 20, .solo_max_tokens = 10});
+  EXPECT_EQ(c.steps, 4u);
+  EXPECT_EQ(c.solo_steps, 3u);  // those of decode rows alone, which one rank of one shard has no exchange for
+  EXPECT_EQ(c.gather_q_tokens, 155u);
+  EXPECT_EQ(c.gather_kv_tokens, 6u);
+  c = counts({.exchange = ContextExchange::kGatherQ, .stream = true});
+  EXPECT_EQ(c.gather_q_tokens, kTokens);
+  EXPECT_GT(c.exchanged_bytes, kTokens * 16 * 8 * sizeof(float));  // each query once at least
+}
+
 TEST(IllegalLayouts, AreRefusedWithFlagValueAndRule) {
   for (const auto& [tp, dcp, flag] :
        {std::tuple{3, 1, "tensor-parallel-size"}, {4, 3, "decode-context-parallel-size"}}) {

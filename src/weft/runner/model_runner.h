@@ -23,6 +23,8 @@ class ModelRunner {
   // over all of them.
   std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table, int64_t most_rows = 0);
 
+  // ContextAttention::exchanged_bytes.
+  int64_t exchanged_bytes() const { return transformer_.exchanged_bytes(); }
   // MoeExperts::load; empty without experts.
   std::span<const int64_t> expert_load() const { return transformer_.expert_load(); }
 

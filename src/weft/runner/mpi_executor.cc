@@ -176,6 +176,9 @@ class MpiExecutor : public JointExecutor {
 
   int64_t num_blocks() const override { return host_->num_blocks(); }
 
+  // Its bytes are those of this process's ranks.
+  ContextCounts Context(size_t replica) const override { return host_->Context(replica); }
+
   std::vector<int64_t> ExpertLoad(size_t replica) const override {
     std::vector<int64_t> sum = host_->ExpertLoad(replica);
     const std::lock_guard lock(load_mutex_);

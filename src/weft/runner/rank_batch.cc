@@ -73,6 +73,26 @@ int64_t MostRows(const StepPlan& plan, const BatchOptions& options) {
   return most;
 }
 
+ContextCounts CountContext(const StepPlan& plan, const BatchOptions& options) {
+  const cp::ParallelConfig& parallel = options.parallel;
+  const bool solo = IsSolo(plan, options);
+  const std::vector<bool> gathers_q =
+      GathersQ(plan, options, solo ? parallel.decode_context_parallel : parallel.KvShards(),
+               solo ? 1 : parallel.prefill_context_parallel);
+  ContextCounts counts{.steps = 1, .solo_steps = solo ? 1u : 0u};
+  const auto dealt = Deal(plan, options);
+  for (size_t i = 0; i < plan.requests.size(); ++i) {
+    const RequestStep& step = plan.requests[i];
+    (gathers_q[i] ? counts.gather_q_tokens : counts.gather_kv_tokens) += static_cast<uint64_t>(step.tokens);
+    if (!step.prefill) continue;
+    const auto ranks = std::ranges::count_if(dealt, [&](const auto& chunks) {
+      return std::ranges::any_of(chunks, [&](const auto& c) { return c.item == i; });
+    });
+    ++(ranks > 1 ? counts.cut_prefills : counts.whole_prefills);
+  }
+  return counts;
+}
+
 RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
                         const cp::RankCoord& coord) {
   const cp::ParallelConfig& parallel = options.parallel;

@@ -58,6 +58,9 @@ cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel);
 // Whether PCP rank 0 runs this step alone.
 bool IsSolo(const StepPlan& plan, const BatchOptions& options);
 
+// What the step counts for, but for the bytes.
+ContextCounts CountContext(const StepPlan& plan, const BatchOptions& options);
+
 // The most rows that any rank of the replica has in this step; 0 where there is no request.
 int64_t MostRows(const StepPlan& plan, const BatchOptions& options);
 

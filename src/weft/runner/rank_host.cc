@@ -87,6 +87,7 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
   rope_ = std::make_shared<RopeCache>(config_.rope, config_.rotary_dim, positions);
 
   const auto replicas = static_cast<size_t>(parallel.data_parallel);
+  contexts_.resize(replicas);
   expert_loads_.resize(replicas, std::vector<int64_t>(config_.moe ? static_cast<size_t>(config_.moe->num_experts) : 0));
   ranks_.resize(here_.size());
   MakeTeams();
@@ -176,6 +177,7 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
     Team& team = teams_[steps_together() ? 0 : last];
     RunOnAll(team, step);
     CountExpertLoad(team);
+    CountContext(team, work);
   }
   Outputs outputs(plans.size());
   for (size_t index = 0; index < found.size(); ++index) {
@@ -199,6 +201,27 @@ void RankHost::CountExpertLoad(const Team& team) {
     std::vector<int64_t>& sum = expert_loads_[dp(index)];
     for (size_t e = 0; e < experts; ++e) sum[e] += load[e];
   }
+}
+
+void RankHost::CountContext(const Team& team, std::span<const StepPlan* const> work) {
+  const std::lock_guard lock(load_mutex_);
+  for (size_t i = 0; i < work.size(); ++i) {
+    if (work[i]->requests.empty()) continue;
+    contexts_[i] += weft::CountContext(*work[i], batch_options_);
+    contexts_[i].exchanged_bytes = 0;
+  }
+  for (int i = 0; i < team.threads->size(); ++i) {
+    const int index = team.first + i;
+    const auto replica = static_cast<size_t>(GroupsOf(index).coord.dp);
+    if (work[replica]->requests.empty()) continue;
+    contexts_[replica].exchanged_bytes +=
+        static_cast<uint64_t>(ranks_[static_cast<size_t>(index)]->runner->exchanged_bytes());
+  }
+}
+
+ContextCounts RankHost::Context(size_t replica) const {
+  const std::lock_guard lock(load_mutex_);
+  return contexts_.at(replica);
 }
 
 std::vector<int64_t> RankHost::ExpertLoad(size_t replica) const {

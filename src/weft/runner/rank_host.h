@@ -47,6 +47,8 @@ class RankHost {
   int64_t num_blocks() const { return num_blocks_; }
   // StepExecutor::ExpertLoad, of the replica's ranks that live here. Thread-safe.
   std::vector<int64_t> ExpertLoad(size_t replica) const;
+  // StepExecutor::Context. Thread-safe.
+  ContextCounts Context(size_t replica) const;
 
  private:
   struct Rank {
@@ -63,6 +65,8 @@ class RankHost {
   };
 
   void MakeTeams();
+  // contexts_ after a step of the team; work: plans by replica.
+  void CountContext(const Team& team, std::span<const StepPlan* const> work);
   // expert_loads_ of the team's replicas. Between two runs of the team.
   void CountExpertLoad(const Team& team);
   // Runs f(index) for each rank of a team on its thread.
@@ -94,6 +98,7 @@ class RankHost {
   std::vector<std::unique_ptr<Rank>> ranks_;
   mutable std::mutex load_mutex_;
   std::vector<std::vector<int64_t>> expert_loads_;  // by replica, then expert; under load_mutex_
+  std::vector<ContextCounts> contexts_;             // by replica; under load_mutex_
   std::vector<Team> teams_;                         // one of all ranks here; or one for each replica
 };
 

@@ -24,6 +24,7 @@ class JointThreads : public JointExecutor {
   }
   int64_t num_blocks() const override { return host_->num_blocks(); }
   std::vector<int64_t> ExpertLoad(size_t replica) const override { return host_->ExpertLoad(replica); }
+  ContextCounts Context(size_t replica) const override { return host_->Context(replica); }
 
  private:
   const std::unique_ptr<RankHost> host_;
@@ -42,6 +43,7 @@ class ReplicaExecutor : public StepExecutor {
   }
   int64_t num_blocks() const override { return host_->num_blocks(); }
   std::vector<int64_t> ExpertLoad() const override { return host_->ExpertLoad(replica_); }
+  ContextCounts Context() const override { return host_->Context(replica_); }
 
  private:
   const std::shared_ptr<RankHost> host_;

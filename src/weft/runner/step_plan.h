@@ -79,6 +79,28 @@ struct StepOutput {
   std::vector<RowOutput> rows;
 };
 
+// What context parallelism did with the steps so far.
+struct ContextCounts {
+  uint64_t steps = 0;
+  uint64_t solo_steps = 0;    // run by PCP rank 0 with the threads of all
+  uint64_t cut_prefills = 0;  // chunks of prompts cut over PCP ranks, and those run whole on one
+  uint64_t whole_prefills = 0;
+  uint64_t gather_q_tokens = 0;  // query tokens by how they met their keys
+  uint64_t gather_kv_tokens = 0;
+  uint64_t exchanged_bytes = 0;  // given by the attention of this process's ranks to others, not read in place
+
+  ContextCounts& operator+=(const ContextCounts& other) {
+    steps += other.steps;
+    solo_steps += other.solo_steps;
+    cut_prefills += other.cut_prefills;
+    whole_prefills += other.whole_prefills;
+    gather_q_tokens += other.gather_q_tokens;
+    gather_kv_tokens += other.gather_kv_tokens;
+    exchanged_bytes += other.exchanged_bytes;
+    return *this;
+  }
+};
+
 // Runs steps on all ranks. Implemented over threads and over processes by runner/; faked in scheduler and engine tests.
 class StepExecutor {
  public:
@@ -90,6 +112,8 @@ class StepExecutor {
   // Rows that each expert of the replica's ranks has computed since the start, all layers together; empty for a model
   // without experts. Thread-safe.
   virtual std::vector<int64_t> ExpertLoad() const { return {}; }
+  // Of this replica. Thread-safe.
+  virtual ContextCounts Context() const { return {}; }
   // Called once, from a thread of the executor, when it finds out between steps that it is dead: with the reason. After
   // this has returned, an earlier listener is not called any more.
   virtual void SetFailureListener(std::function<void(const std::string& why)>) {}

@@ -123,6 +123,8 @@ FakeEngine::FakeEngine(std::shared_ptr<const Tokenizer> tokenizer, int64_t max_m
   }
   stats_.kv_tokens_per_shard = {7, 8};
   stats_.expert_tokens = {0, 1234, 5};
+  stats_.context.steps = 77;
+  stats_.context.gather_kv_tokens = 4321;
 }
 
 FakeEngine::~FakeEngine() {

@@ -71,6 +71,17 @@ class Families {
     }
   }
 
+  // One line for each value of a label.
+  void ContextCounters(const char* name, const char* help, const char* label,
+                       const std::vector<std::pair<const char*, uint64_t ContextCounts::*>>& values) {
+    Begin(name, help, MetricType::Counter);
+    for (size_t i = 0; i < replicas_.size(); ++i) {
+      for (const auto& [value, member] : values) {
+        Line(i, {{label, value}}).counter.value = static_cast<double>(replicas_[i].context.*member);
+      }
+    }
+  }
+
   std::string Text() const {
     std::ostringstream out;
     prometheus::TextSerializer().Serialize(out, families_);
@@ -140,6 +151,18 @@ std::string MetricsText(std::span<const EngineStats> replicas, const std::string
   out.Distribution("vllm:request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.",
                    &EngineStats::request_decode_time_seconds);
   out.KvTokens("weft:cp_kv_tokens", "KV tokens that a shard of the context holds.");
+  out.ContextCounters("weft:cp_steps_total",
+                      "Steps, and those of them that PCP rank 0 ran alone with the threads of all.", "by",
+                      {{"all", &ContextCounts::steps}, {"rank_0", &ContextCounts::solo_steps}});
+  out.ContextCounters("weft:cp_prefill_chunks_total",
+                      "Chunks of prompts: cut over the PCP ranks, or run whole on one of them.", "dealt",
+                      {{"cut", &ContextCounts::cut_prefills}, {"whole", &ContextCounts::whole_prefills}});
+  out.ContextCounters("weft:cp_query_tokens_total",
+                      "Query tokens, by how they met the keys of other shards (see --cp-context-exchange).", "exchange",
+                      {{"gather_q", &ContextCounts::gather_q_tokens}, {"gather_kv", &ContextCounts::gather_kv_tokens}});
+  out.ContextCounters("weft:cp_exchanged_bytes_total",
+                      "Bytes that attention gave to other ranks in messages; nothing where memory is shared.", "part",
+                      {{"attention", &ContextCounts::exchanged_bytes}});
   out.ExpertTokens("weft:expert_tokens_total",
                    "Tokens that the ranks of this engine have run through an expert, once for each layer.");
   return out.Text();

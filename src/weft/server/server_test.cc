@@ -264,7 +264,10 @@ TEST_F(ServerTest, Metrics) {
         "weft:cp_kv_tokens{model_name=\"model-a\",engine=\"0\",shard=\"1\"} 8",
         "weft:expert_tokens_total{model_name=\"model-a\",engine=\"0\",expert=\"0\"} 0",
         "weft:expert_tokens_total{model_name=\"model-a\",engine=\"0\",expert=\"1\"} 1234",
-        "# TYPE weft:expert_tokens_total counter"}) {
+        "# TYPE weft:expert_tokens_total counter",
+        "weft:cp_steps_total{model_name=\"model-a\",engine=\"0\",by=\"all\"} 77",
+        "weft:cp_query_tokens_total{model_name=\"model-a\",engine=\"0\",exchange=\"gather_kv\"} 4321",
+        "weft:cp_query_tokens_total{model_name=\"model-a\",engine=\"0\",exchange=\"gather_q\"} 0"}) {
     EXPECT_NE(response.body.find(line), std::string::npos) << line << "\n" << response.body;
   }
 }

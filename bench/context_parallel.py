@@ -132,7 +132,8 @@ def launchers(args):
     if args.processes:
         found["PCP 2, processes"] = (mpi, ["-pcp", "2"])
     if args.hosts:
-        found["PCP 2, two hosts"] = ([os.path.join(ROOT, "scripts", "two_hosts")], ["-pcp", "2"])
+        found["PCP 2, two hosts"] = ([os.path.join(ROOT, "scripts", "two_hosts"), "--mpirun", args.mpirun],
+                                     ["-pcp", "2"])
     return found
 
 

@@ -4,10 +4,11 @@ reference logits, and greedy completions are the reference continuations, on one
 
     golden_http.py WEFT_BINARY
     golden_http.py WEFT_BINARY --mpirun MPIRUN          ranks in two processes
-    golden_http.py WEFT_BINARY --launcher LAUNCHER...   a small check with the server behind this command
+    golden_http.py WEFT_BINARY --two-hosts SCRIPT MPIRUN    in two processes on two hosts; status 77 where they cannot be made
 """
 import json
 import math
+import subprocess
 import sys
 
 from golden_files import read_safetensors
@@ -118,8 +119,15 @@ def main():
             for flags in layouts:
                 check(binary, model, "float32", flags, mpirun_launcher(sys.argv[3], 2))
         return
-    if sys.argv[2:3] == ["--launcher"]:
-        check(binary, "llama_tied", "float32", ["-pcp", "2"], sys.argv[3:])
+    if sys.argv[2:3] == ["--two-hosts"]:
+        launcher = [sys.argv[3], "--mpirun", sys.argv[4]]
+        hosts = subprocess.run([*launcher, "--here", "mpirun", "-n", "2", "hostname"], stdout=subprocess.PIPE, text=True,
+                               timeout=60)
+        if hosts.returncode == 77:
+            sys.exit(77)  # it has said why
+        assert hosts.returncode == 0 and len(set(hosts.stdout.split())) == 2, hosts
+        check(binary, "llama_tied", "float32", ["-pcp", "2"], launcher)
+        check(binary, "deepseek_v2_lite", "float32", ["-tp", "2", "-dcp", "2"], launcher)
         return
     for model, layouts in LAYOUTS.items():
         for flags in layouts:

@@ -215,6 +215,25 @@ TEST_P(LinearTest, ManyOfTheSameX) {  // the heads of MLA
   }
 }
 
+// A piece of a thread may end in the middle of a register tile of columns: what lies behind it is another thread's.
+TEST_P(LinearTest, ManyOfTheSameXCutBetweenOddPanels) {
+  const int64_t m = Int(7, 20);
+  const int64_t k = Int(100, 200);
+  std::vector<Product> products;
+  for (int64_t head = 0; head < 24; ++head) {
+    const int64_t n = PackedWeights::kPanel * (head % 2 == 0 ? 1 : 2);
+    products.push_back(MakeProduct(m, RandomWeights(n, k), head == 0 ? nullptr : products.data()));
+    products.back().args.accumulate = true;  // a column that is written twice stays wrong
+  }
+  std::vector<LinearArgs> args;
+  for (const Product& p : products) args.push_back(p.args);
+  table().linear_many(args, pool3);
+  for (const Product& p : products) {
+    CheckProduct(p);
+    if (HasFatalFailure()) return;
+  }
+}
+
 // As the heads of MLA lie: those of a row side by side, in x and in y.
 TEST_P(LinearTest, ManyInterleaved) {
   const int64_t m = OneOf<int64_t>({1, 2, Int(3, 20), 140});

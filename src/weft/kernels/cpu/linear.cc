@@ -246,10 +246,12 @@ constexpr std::array<StreamTileFn<T>, sizeof...(kRowsMinus1) + 1> MakeStreamTile
 }
 
 // `height` rows of a tile of results, from row `row` and column `col` on. The first chunk of a row adds the bias, and
-// the old value where asked for; the others add to what the first one left.
-void StoreTile(const float* tile, const LinearArgs& args, int64_t row, int64_t height, int64_t col, bool first) {
+// the old value where asked for; the others add to what the first one left. Columns from col_end on are not touched:
+// they do not exist, or are another piece's.
+void StoreTile(const float* tile, const LinearArgs& args, int64_t row, int64_t height, int64_t col, int64_t col_end,
+               bool first) {
   const DF d;
-  const int64_t valid = std::min(kTileCols, args.w->n - col);
+  const int64_t valid = std::min(kTileCols, col_end - col);
   const float* bias = first && args.bias != nullptr ? args.bias + col : nullptr;
   const bool add = !first || args.accumulate;
   for (int64_t i = 0; i < height; ++i) {
@@ -338,7 +340,7 @@ void StreamChunk(const LinearArgs& args, const Chunk& chunk, int64_t panel0, int
         PrefetchResults(args, chunk.row0 + row, height, col, kTileCols);
         kTiles[static_cast<size_t>(height)](chunk.x + row * kRowStride, chunk.x_block, panels, chunk.depth, fetch,
                                             tile);
-        StoreTile(tile, args, chunk.row0 + row, height, col, chunk.p0 == 0);
+        StoreTile(tile, args, chunk.row0 + row, height, col, col_end, chunk.p0 == 0);
         row += height;
       }
     }

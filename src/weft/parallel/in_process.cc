@@ -4,9 +4,9 @@
 #include <utility>
 
 #include "weft/core/error.h"
+#include "weft/core/spin.h"
 #include "weft/core/thread_pool.h"
 #include "weft/parallel/communicator.h"
-#include "weft/core/spin.h"
 
 namespace weft {
 namespace {

@@ -8,8 +8,8 @@
 #include <mutex>
 
 #include "weft/core/error.h"
-#include "weft/parallel/processes.h"
 #include "weft/core/spin.h"
+#include "weft/parallel/processes.h"
 
 namespace weft {
 

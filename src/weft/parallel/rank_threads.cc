@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "weft/core/error.h"
-#include "weft/core/thread_pool.h"
 #include "weft/core/spin.h"
+#include "weft/core/thread_pool.h"
 
 namespace weft {
 namespace {

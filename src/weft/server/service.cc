@@ -320,6 +320,8 @@ Result<std::string> Service::Model(const std::string& name) const {
   return DumpJson(ModelCard(name));
 }
 
-std::string Service::Metrics() const { return MetricsText(engine_.StatsByReplica(), options_.served_model_names.front()); }
+std::string Service::Metrics() const {
+  return MetricsText(engine_.StatsByReplica(), options_.served_model_names.front());
+}
 
 }  // namespace weft

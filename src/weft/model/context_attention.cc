@@ -20,6 +20,7 @@ std::span<const std::byte> BytesOf(const Buffer& buffer, int64_t bytes) {
 
 // f32 values of n elements of a cache.
 void ToFloats(DType dtype, const void* from, int64_t n, float* to) {
+  if (n == 0) return;
   if (dtype == DType::kF32) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
   } else {

@@ -76,6 +76,7 @@ class InProcess final : public Communicator {
   void AllToAll(std::span<const std::span<const std::byte>> parts,
                 std::vector<std::span<const std::byte>>& views) override {
     WEFT_CHECK(parts.size() == static_cast<size_t>(size()));
+    ThrowIfAborted();  // a member that left the last collective early may still be read in the one before it
     auto& kept = shared_->parts[(epoch_ + 1) % 2][static_cast<size_t>(rank_)];
     kept.assign(parts.begin(), parts.end());
     Enter(std::as_bytes(std::span(kept)));

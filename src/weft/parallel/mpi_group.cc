@@ -143,6 +143,7 @@ class MpiGroup final : public Communicator {
   void AllToAll(std::span<const Bytes> parts, std::vector<Bytes>& views) override {
     Guard([&] {
       WEFT_CHECK(parts.size() == s_->process_of.size());
+      p_.ThrowIfFailed();  // a member that left the last collective early may still be read in the one before it
       auto& kept = s_->parts[(epoch_ + 1) % 2][local_index_];
       kept.assign(parts.begin(), parts.end());
       Enter({});

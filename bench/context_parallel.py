@@ -23,6 +23,8 @@ import urllib.error
 import urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "tests", "http"))
+from weft_server import descendants  # noqa: E402
 COMMON = ["--skip-tokenizer-init", "--port", "0", "--threads-per-rank", "1", "--max-num-seqs", "16"]
 
 
@@ -93,24 +95,6 @@ class Server:
             os.killpg(self.process.pid, 9)
             self.process.wait()
         self.log.close()
-
-
-def descendants(pid):
-    children = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as f:
-                    parent = int(f.read().rsplit(")", 1)[1].split()[1])
-            except (OSError, ValueError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    found, left = [], [pid]
-    while left:
-        one = left.pop()
-        found.append(one)
-        left += children.get(one, [])
-    return found
 
 
 def prompt(length, vocab):

@@ -158,7 +158,8 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
     last = i;
     tables_[i].Apply(*work[i]);
     solo[i] = IsSolo(*work[i], batch_options_);
-    most_rows = std::max(most_rows, MostRows(*work[i], batch_options_));
+    // Only the ranks that share experts have to know of each other's rows.
+    if (options_.parallel.expert_parallel) most_rows = std::max(most_rows, MostRows(*work[i], batch_options_));
   }
   WEFT_CHECK(steps_together() || given == 1, "{} plans for replicas that step alone", given);
   // By rank here; each rank's place is there before the threads write.

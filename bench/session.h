@@ -29,7 +29,7 @@ class Session {
   // `options`: whatever differs from the defaults.
   Session(std::shared_ptr<const Checkpoint> checkpoint, const cp::ParallelConfig& parallel, int threads,
           int64_t max_tokens, ExecutorOptions options = {})
-      : config_(checkpoint->config()), layout_{parallel.block_tokens, parallel.kv_interleave, parallel.KvShards()} {
+      : config_(checkpoint->config()), layout_(LayoutOf(parallel)) {
     options.parallel = parallel;
     options.threads_per_rank = threads;
     options.num_blocks = layout_.BlocksFor(max_tokens) + 1;

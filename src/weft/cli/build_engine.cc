@@ -157,7 +157,7 @@ BuiltEngine BuildEngine(const EngineArgs& args, const BuildOptions& options) {
     Throw("{}: its weights take {:.2f} GiB as {}, but {:.2f} GiB of memory are available", args.model,
           static_cast<double>(weight_bytes) / (1 << 30), NameOf(dtype), static_cast<double>(available) / (1 << 30));
   }
-  const cp::KvLayout layout{args.block_size, args.kv_interleave, built.parallel.KvShards()};
+  const cp::KvLayout layout = LayoutOf(built.parallel);
   const KvSizeInput size_input{.block_bytes = VirtualBlockBytes(built.config, built.parallel, kv_dtype),
                                .block_tokens = layout.VirtualBlockTokens(),
                                .weight_bytes = weight_bytes,

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "weft/cp/layout.h"
+
 namespace weft::cp {
 
 // What PCP does to the KV cache (--pcp-kv-layout).
@@ -30,6 +32,11 @@ struct ParallelConfig {
                                                      : prefill_context_parallel * decode_context_parallel;
   }
 };
+
+// Where this grid's KV cache keeps a token.
+inline KvLayout LayoutOf(const ParallelConfig& parallel) {
+  return {.block_tokens = parallel.block_tokens, .interleave = parallel.kv_interleave, .shards = parallel.KvShards()};
+}
 
 // What of a model the rank grid has to fit.
 struct ModelHeads {

@@ -10,10 +10,6 @@ namespace {
 
 constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
 
-cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
-  return {.block_tokens = parallel.block_tokens, .interleave = parallel.kv_interleave, .shards = parallel.KvShards()};
-}
-
 std::span<const std::byte> BytesOf(const Buffer& buffer, int64_t bytes) {
   return {buffer.as<const std::byte>(), static_cast<size_t>(bytes)};
 }

@@ -48,10 +48,6 @@ auto Deal(const StepPlan& plan, const BatchOptions& options) {
 
 }  // namespace
 
-cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel) {
-  return {.block_tokens = parallel.block_tokens, .interleave = parallel.kv_interleave, .shards = parallel.KvShards()};
-}
-
 bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
   if (options.parallel.prefill_context_parallel == 1 || options.solo_max_tokens == 0) return false;
   int64_t tokens = 0;

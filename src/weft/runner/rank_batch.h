@@ -52,9 +52,6 @@ struct RankBatch {
   std::vector<LogitsRow> logits;  // in order of the rows; the same on all TP ranks of a PCP rank
 };
 
-// Where this grid's KV cache keeps a token.
-cp::KvLayout LayoutOf(const cp::ParallelConfig& parallel);
-
 // Whether PCP rank 0 runs this step alone.
 bool IsSolo(const StepPlan& plan, const BatchOptions& options);
 

@@ -6,6 +6,7 @@
 #include "weft/cli/build_engine.h"
 #include "weft/cli/commands.h"
 #include "weft/cli/kv_size.h"
+#include "weft/cli/multi_process.h"
 #include "weft/cli/sampling_args.h"
 
 namespace weft::cli {
@@ -16,6 +17,22 @@ TEST(Cli, OptionsPageIsCurrent) {
   std::ostringstream committed;
   committed << file.rdbuf();
   EXPECT_TRUE(committed.str() == OptionsPage()) << "run: weft --help-markdown > docs/options.md";
+}
+
+// What mpirun says in its own way goes, however it is spelt; the rest stays as it was.
+TEST(Cli, MpirunLineLeavesOutWhatMpirunReplaces) {
+  const auto line = [](std::vector<std::string> flags) {
+    std::vector<std::string> argv = {"weft", "serve", "org/model"};
+    argv.insert(argv.end(), flags.begin(), flags.end());
+    return MpirunLine(argv, 2);
+  };
+  const std::string plain = "mpirun --with-ft ulfm --bind-to none -n 2 --host HOST0:1,HOST1:1 weft serve org/model";
+  EXPECT_EQ(line({}), plain);
+  EXPECT_EQ(line({"--headless"}), plain);
+  EXPECT_EQ(line({"--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "29500"}), plain);
+  EXPECT_EQ(line({"--node_rank", "1", "--master_addr=10.0.0.1", "--nnodes=2"}), plain);
+  EXPECT_EQ(line({"-n", "2", "-r", "1", "-pcp", "2"}), plain + " -pcp 2");
+  EXPECT_EQ(line({"--seed", "1", "--served-model-name", "it's"}), plain + " --seed 1 --served-model-name 'it'\\''s'");
 }
 
 std::string ServeError(std::vector<std::string> args) {

@@ -108,14 +108,16 @@ void DeclareEngineOptions(OptionSet& options, EngineArgs& a) {
       .Range(1)
       .Refused("must be 1: pipeline parallelism is not available");
   const char* const mpirun = "mpirun says this (docs/distributed.md)";
+  const char* const asks = "mpirun says this; without mpirun it is an error that shows the mpirun line to type";
   options
       .Add("nnodes", &a.nodes.count,
            "Hosts. Without mpirun more than 1 is an error that shows the mpirun line to type; with it, a check.")
+      .Alias("-n")
       .Range(1);
-  options.Add("node-rank", &a.nodes.rank, "This host.").Range(0).Unused(mpirun);
+  options.Add("node-rank", &a.nodes.rank, "This host.").Alias("-r").Range(0).Unused(asks);
   options.Add("master-addr", &a.nodes.master_addr, "The first host.").Unused(mpirun);
   options.Add("master-port", &a.nodes.master_port, "Its port.").Range(1, 65535).Unused(mpirun);
-  options.Add("headless", &a.nodes.headless, "A host without a server.").Unused(mpirun);
+  options.Add("headless", &a.nodes.headless, "A host without a server.").Unused(asks);
   options
       .Add("step-timeout", &a.step_timeout_s,
            "With several processes: seconds after which a step that has not ended counts as failed, and all processes "

@@ -59,11 +59,12 @@ std::string MpirunLine(const std::vector<std::string>& argv, int processes) {
   for (int i = 1; i < processes; ++i) hosts += fmt::format(",HOST{}:1", i);
   std::string line = fmt::format("mpirun --with-ft ulfm --bind-to none -n {} --host {}", processes, hosts);
   for (size_t i = 0; i < argv.size(); ++i) {
-    const std::string name = argv[i].substr(0, argv[i].find('='));
+    const std::string spelling = argv[i].substr(0, argv[i].find('='));
+    const std::string name = NormalisedFlag(spelling);
     if (name == "--headless" || name == "--no-headless") continue;
-    const std::array with_value = {"--nnodes", "--node-rank", "--master-addr", "--master-port"};
+    const std::array with_value = {"--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port"};
     if (std::find(with_value.begin(), with_value.end(), name) != with_value.end()) {
-      if (name == argv[i]) ++i;  // the value is the next argument
+      if (spelling == argv[i]) ++i;  // the value is the next argument
       continue;
     }
     line += ' ';

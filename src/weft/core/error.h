@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <tl/expected.hpp>
@@ -45,6 +46,9 @@ template <typename... Args>
 tl::unexpected<Error> Fail(fmt::format_string<Args...> format, Args&&... args) {
   return tl::make_unexpected(Error(fmt::format(format, std::forward<Args>(args)...)));
 }
+
+// The message of a caught exception, whatever was thrown.
+std::string DescribeException(const std::exception_ptr& exception);
 
 // Prints file, line, condition and message to stderr and aborts.
 [[noreturn]] void CheckFailed(const char* file, int line, const char* condition, const std::string& message);

@@ -105,13 +105,6 @@ json ToJson(const YAML::Node& node) {
   }
 }
 
-// "--Max_Model_Len" and "--max-model-len" are the same flag; short aliases too.
-std::string Normalise(std::string_view spelling) {
-  std::string out(spelling);
-  std::replace(out.begin(), out.end(), '_', '-');
-  return out;
-}
-
 std::string Shown(const std::string& text) { return text.empty() ? "''" : text; }
 
 // A word that is meant as a flag: -x, --x=y z; not "-", not a negative number, not a text that begins with a dash.
@@ -130,6 +123,12 @@ std::string MarkdownCell(const std::string& text) {
 }
 
 }  // namespace
+
+std::string NormalisedFlag(std::string_view spelling) {
+  std::string out(spelling);
+  std::replace(out.begin(), out.end(), '_', '-');
+  return out;
+}
 
 std::optional<int64_t> ParseHumanInt(std::string_view text) {
   if (const auto plain = ParseInt(text)) return plain;
@@ -436,7 +435,7 @@ OptionSet::Action OptionSet::Parse(const std::vector<std::string>& args) {
         begin = end + 1;
       }
     }
-    spelling = Normalise(spelling);
+    spelling = NormalisedFlag(spelling);
     if (spelling == "--help" || spelling == "-h") return Action::kHelp;
     if (spelling == "--help-markdown") return Action::kHelpMarkdown;
     const auto take_value = [&] {
@@ -528,7 +527,7 @@ void OptionSet::ReadYaml(const std::string& path) {
     if (!entry.first.IsScalar()) Throw("{}: the name of an option must be a plain word", at);
     const std::string key = entry.first.Scalar();
     const std::string where = fmt::format("{}: {}", at, key);
-    const std::string name = Normalise(key);
+    const std::string name = NormalisedFlag(key);
     const YAML::Node& value = entry.second;
     std::string lower(positional_);
     std::erase_if(lower, [](char c) { return c == '[' || c == ']'; });

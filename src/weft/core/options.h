@@ -133,6 +133,9 @@ class OptionSet {
   std::vector<std::unique_ptr<Option>> options_;
 };
 
+// "--Max_Model_Len" and "--max-model-len" are the same flag: how it is looked up.
+std::string NormalisedFlag(std::string_view spelling);
+
 // "4096", "4k", "4K", "1.5g" -> integer; nothing when it is none of these or does not fit.
 std::optional<int64_t> ParseHumanInt(std::string_view text);
 

@@ -51,10 +51,12 @@ double GatherKvSeconds(const ExchangeItem& item, const AttentionShape& shape, co
     attend += KeysOf(item) / share * (shape.expand_flop / rates.flop_per_s + bytes / rates.read_bytes_per_s);
   }
   if (!group.messages || group.shards == 1) return attend;
-  // Every rank of the group receives the context of the others, while it attends to what has come.
+  // Every rank packs its part of the context (read and written), and receives the parts of the others while it attends
+  // to what has come.
+  const double packed = 2 * static_cast<double>(item.context) * static_cast<double>(shape.cached_bytes) / group.shards;
   const double received = static_cast<double>(item.context) * static_cast<double>(shape.cached_bytes) *
                           (1.0 - 1.0 / group.shards) / rates.exchange_bytes_per_s;
-  return std::max(attend, received);
+  return packed / rates.read_bytes_per_s + std::max(attend, received);
 }
 
 double GatherQSeconds(const ExchangeItem& item, const AttentionShape& shape, const ExchangeGroup& group,
@@ -114,6 +116,24 @@ std::vector<bool> ChooseGatherQ(std::span<const ExchangeItem> items, const Atten
     gather_q.assign(items.size(), true);
   }
   return gather_q;
+}
+
+int64_t MinTokensToCut(const MachineRates& rates, double bytes_per_weight, double layer_flop_per_token,
+                       int32_t pcp_ranks, bool solo) {
+  constexpr int64_t kUnknown = 48;
+  // Rates are measured on a machine that may be busy: whatever they are, it stays within reason.
+  constexpr double kMost = 192;
+  if (rates.flop_per_s <= 0 || rates.read_bytes_per_s <= 0) return kUnknown;
+  const double balanced = bytes_per_weight / 2 * rates.flop_per_s / rates.read_bytes_per_s;
+  double tokens = 2 * balanced;
+  if (solo) {
+    tokens = 4 * pcp_ranks * balanced;
+  } else {
+    // Cut, n tokens save (1 - 1 / P) of their time.
+    const double saved_a_token = layer_flop_per_token / rates.flop_per_s * (1 - 1.0 / pcp_ranks);
+    tokens = std::max(tokens, 2 * rates.latency_s / saved_a_token);
+  }
+  return static_cast<int64_t>(std::ceil(std::clamp(tokens, 2.0, kMost)));
 }
 
 }  // namespace weft::cp

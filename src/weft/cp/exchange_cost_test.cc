@@ -4,6 +4,7 @@
 #include <rapidcheck/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "weft/cp/test_random.h"
 
@@ -166,6 +167,36 @@ RC_GTEST_PROP(ExchangeCostProperty, OneChoiceForAStepThatIsNoDearerThanEitherKin
   const double got = total([&](size_t i) { return chosen[i]; });
   RC_ASSERT(got <= total([](size_t) { return true; }) * (1 + 1e-12));
   RC_ASSERT(got <= total([](size_t) { return false; }) * (1 + 1e-12));
+}
+
+// bf16, Qwen3-0.6B's layer.
+int64_t CutFrom(const MachineRates& rates, int32_t ranks, bool solo) {
+  return MinTokensToCut(rates, 2, 31.5e6, ranks, solo);
+}
+
+TEST(MinTokensToCut, FollowsTheRatesOfTheMachine) {
+  EXPECT_EQ(CutFrom({}, 2, true), 48);
+  // 10 rows balance reading and arithmetic.
+  EXPECT_EQ(CutFrom(kRates, 2, true), 80);
+  EXPECT_EQ(CutFrom(kRates, 2, false), 20);
+  EXPECT_EQ(CutFrom(kRates, 3, true), 120);
+  EXPECT_EQ(MinTokensToCut(kRates, 4, 31.5e6, 2, true), 160);  // f32 weights take twice as long to read
+  // Two exchanges of 2 ms each in every layer against half of 0.1575 ms a token.
+  MachineRates slow = kRates;
+  slow.latency_s = 2e-3;
+  EXPECT_EQ(CutFrom(slow, 2, false), 51);
+  slow.latency_s = 1;
+  EXPECT_EQ(CutFrom(slow, 2, false), 192);
+}
+
+TEST(MinTokensToCut, StaysWithinReason) {
+  EXPECT_TRUE(rc::check([] {
+    const auto rate = [] { return std::pow(10.0, InRange(0, 160) / 10.0 - 2); };
+    const MachineRates rates{.flop_per_s = rate(), .read_bytes_per_s = rate(), .latency_s = rate() * 1e-6};
+    const int64_t tokens = MinTokensToCut(rates, 2, rate(), InRange(2, 9), InRange(0, 2) == 1);
+    RC_ASSERT(tokens >= 2);
+    RC_ASSERT(tokens <= 192);
+  }));
 }
 
 }  // namespace

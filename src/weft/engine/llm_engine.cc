@@ -6,19 +6,6 @@
 #include "weft/core/log.h"
 
 namespace weft {
-namespace {
-
-std::string Describe(const std::exception_ptr& exception) {
-  try {
-    std::rethrow_exception(exception);
-  } catch (const std::exception& e) {
-    return e.what();
-  } catch (...) {
-    return "unknown exception";
-  }
-}
-
-}  // namespace
 
 LLMEngine::LLMEngine(LLMEngineOptions options, std::unique_ptr<StepExecutor> executor,
                      std::shared_ptr<const Tokenizer> tokenizer)
@@ -99,10 +86,11 @@ EngineProspect LLMEngine::Foresee(const EngineRequest& request) const {
 }
 
 int64_t LLMEngine::Queued() const {
-  const SchedulerStats now = scheduler_.Stats();
-  if (left_waiting_) return now.waiting;
+  const int64_t waiting = scheduler_.num_waiting();
+  if (left_waiting_) return waiting;
   // All that waits came since the last plan, and the next one may have room for it.
-  return std::max<int64_t>(0, now.waiting - std::max<int64_t>(0, options_.scheduler.max_num_seqs - now.running));
+  const int64_t room = options_.scheduler.max_num_seqs - scheduler_.num_running();
+  return std::max<int64_t>(0, waiting - std::max<int64_t>(0, room));
 }
 
 void LLMEngine::Forget(RequestHandle handle) {
@@ -125,7 +113,7 @@ void LLMEngine::Loop() {
       Deliver(deliveries);
     }
   } catch (...) {
-    const std::string why = Describe(std::current_exception());
+    const std::string why = DescribeException(std::current_exception());
     Deliver(deliveries);
     Die(why);
   }
@@ -158,7 +146,7 @@ bool LLMEngine::Prepare(std::optional<StepPlan>& plan, std::vector<Delivery>& de
   if (exit_ && live_.empty()) return !deliveries.empty();
   if (scheduler_.HasRequests()) {
     plan = scheduler_.Plan(now);
-    if (options_.max_num_queued_reqs > 0) left_waiting_ = scheduler_.Stats().waiting > 0;
+    if (options_.max_num_queued_reqs > 0) left_waiting_ = scheduler_.num_waiting() > 0;
     if (plan->requests.empty()) throw Error("the scheduler planned an empty step", ErrorKind::kInternal);
   }
   return true;
@@ -193,7 +181,7 @@ void LLMEngine::Process(const StepPlan& plan, StepOutput output, std::vector<Del
     try {
       result = processor.Process(std::move(row.row));
     } catch (...) {
-      result = processor.End(FinishReason::kError, Describe(std::current_exception()));
+      result = processor.End(FinishReason::kError, DescribeException(std::current_exception()));
     }
     if (!result) continue;
     if (!result->token_ids.empty()) {
@@ -230,7 +218,7 @@ void LLMEngine::Deliver(std::vector<Delivery>& deliveries) {
       live.sink(std::move(delivery.output));
     } catch (...) {
       spdlog::error("request {}: its receiver failed and is not called again: {}", live.processor.id(),
-                    Describe(std::current_exception()));
+                    DescribeException(std::current_exception()));
       live.sink = nullptr;
       if (!last) Abort(live.processor.id());
     }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "weft/core/error.h"
+#include "weft/core/function_ref.h"
 
 namespace weft {
 namespace {
@@ -14,15 +15,28 @@ std::span<const std::byte> BytesOf(const Buffer& buffer, int64_t bytes) {
   return {buffer.as<const std::byte>(), static_cast<size_t>(bytes)};
 }
 
+// Of copies by all threads: bytes that are worth a piece of their own.
+constexpr int64_t kCopyBytes = 64 << 10;
+
+// copy(row) for rows [0, n) of `row_bytes` each.
+void CopyRows(ThreadPool& pool, int64_t n, int64_t row_bytes, FunctionRef<void(int64_t row)> copy) {
+  pool.ParallelFor(n, std::max<int64_t>(1, kCopyBytes / std::max<int64_t>(1, row_bytes)),
+                   [&](int64_t begin, int64_t end, int) {
+                     for (int64_t row = begin; row < end; ++row) copy(row);
+                   });
+}
+
 // f32 values of n elements of a cache.
-void ToFloats(DType dtype, const void* from, int64_t n, float* to) {
-  if (n == 0) return;
-  if (dtype == DType::kF32) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-  } else {
-    const auto* values = static_cast<const bf16*>(from);
-    for (int64_t i = 0; i < n; ++i) to[i] = ToFloat(values[i]);
-  }
+void ToFloats(ThreadPool& pool, DType dtype, const void* from, int64_t n, float* to) {
+  pool.ParallelFor(n, kCopyBytes / kFloat, [&](int64_t begin, int64_t end, int) {
+    if (dtype == DType::kF32) {
+      std::memcpy(to + begin, static_cast<const float*>(from) + begin,
+                  static_cast<size_t>(end - begin) * sizeof(float));
+    } else {
+      const auto* values = static_cast<const bf16*>(from);
+      for (int64_t i = begin; i < end; ++i) to[i] = ToFloat(values[i]);
+    }
+  });
 }
 
 }  // namespace
@@ -95,6 +109,8 @@ void ContextAttention::Run(int64_t layer, const Rows& rows) {
     }
     const bool attends = gather_kv && (streams_context_ || o_.expansion != nullptr);
     if (attends) {
+      // The keys of earlier steps wait for nothing of this one.
+      if (streams_context_ && !segments_.empty()) StartSegment(layer, segments_.front());
       BeginAttend(rows);
       AttendNew(layer, packed, true);
     }
@@ -105,7 +121,6 @@ void ContextAttention::Run(int64_t layer, const Rows& rows) {
       StoreFromRows(layer, rows);
     }
     if (attends) {
-      if (streams_context_ && !segments_.empty()) StartSegment(layer, segments_.front());
       AttendNew(layer, packed, false);
       GatherKvSegments(layer);
     } else if (gather_kv) {
@@ -384,7 +399,7 @@ void ContextAttention::AttendNew(int64_t layer, const Views& packed, bool own) {
     const int64_t rows = rows_of_[static_cast<size_t>(piece->pcp)];
     pages.push_back(PackedPages(packed[static_cast<size_t>(piece->pcp)].data(), rows, piece->segment.row0));
     if (o_.expansion != nullptr) {
-      ToFloats(shape.dtype, pages.back().k, piece->segment.rows * k_dim_, latents_.as<float>() + done * k_dim_);
+      ToFloats(*pool_, shape.dtype, pages.back().k, piece->segment.rows * k_dim_, latents_.as<float>() + done * k_dim_);
       pages.back() = ExpandedPages(expanded_.as<float>() + done * expanded_dim_);
     }
     done += piece->segment.rows;
@@ -408,7 +423,7 @@ void ContextAttention::ExpandNewDealt(int64_t layer) {
   Buffer& expanded = expanded_ring_.Next(own * expanded_dim_ * kFloat);
   if (own > 0) {
     // Gather-KV rows are the first ones.
-    ToFloats(o_.cache->shape().dtype, packed_.current().data(), own * k_dim_, latents_.as<float>());
+    ToFloats(*pool_, o_.cache->shape().dtype, packed_.current().data(), own * k_dim_, latents_.as<float>());
     o_.expansion->Expand(layer, latents_.as<float>(), own, expanded.as<float>(), *pool_);
   }
   std::vector<std::span<const float>> views = {{expanded.as<float>(), static_cast<size_t>(own * expanded_dim_)}};
@@ -497,7 +512,7 @@ void ContextAttention::AttendSegment(int64_t layer, const Segment& segment, cons
       KvPages pages = PackedPages(from, n, 0);
       from += n * row_bytes_;
       if (expands) {
-        ToFloats(shape.dtype, pages.k, n * k_dim_, latents_.as<float>() + done * k_dim_);
+        ToFloats(*pool_, shape.dtype, pages.k, n * k_dim_, latents_.as<float>() + done * k_dim_);
         pages = ExpandedPages(expanded_.as<float>() + done * expanded_dim_);
       }
       done += n;
@@ -537,7 +552,8 @@ void ContextAttention::ExpandSegmentDealt(int64_t layer, const Segment& segment)
         const int64_t offset = key % shape.block_tokens;
         const int64_t run = std::min(end - key, shape.block_tokens - offset);
         const int64_t block = table[static_cast<size_t>(key / shape.block_tokens)];
-        ToFloats(shape.dtype, cache + (block * shape.block_tokens + offset) * k_dim_ * element, run * k_dim_, latents);
+        ToFloats(*pool_, shape.dtype, cache + (block * shape.block_tokens + offset) * k_dim_ * element, run * k_dim_,
+                 latents);
         latents += run * k_dim_;
         key += run;
       }
@@ -627,10 +643,10 @@ void ContextAttention::GatherQ(int64_t layer, const Rows& rows) {
   if (own_rows == 0) own_q = {};
   if (streams) {
     packed_q_.Reserve(static_cast<size_t>(own_rows * q_dim * kFloat));
-    for (int64_t row = 0; row < own_rows; ++row) {
+    CopyRows(*pool_, own_rows, q_dim * kFloat, [&](int64_t row) {
       std::memcpy(packed_q_.as<float>() + row * q_dim, rows.gather_q_q + row * rows.gather_q_q_stride,
                   static_cast<size_t>(q_dim * kFloat));
-    }
+    });
     own_q = {packed_q_.as<float>(), static_cast<size_t>(own_rows * q_dim)};
     from_stride = q_dim;
   }
@@ -652,10 +668,10 @@ void ContextAttention::GatherQ(int64_t layer, const Rows& rows) {
     first[pcp + 1] = first[pcp] + n;
     for (int64_t dcp = 0; dcp < dcp_; ++dcp) {
       const float* from = queries[pcp * static_cast<size_t>(dcp_) + static_cast<size_t>(dcp)].data();
-      for (int64_t row = 0; row < n; ++row) {
+      CopyRows(*pool_, n, q_dim * kFloat, [&](int64_t row) {
         std::memcpy(q + ((first[pcp] + row) * dcp_ + dcp) * q_dim, from + row * from_stride,
                     static_cast<size_t>(q_dim * kFloat));
-      }
+      });
     }
   }
 
@@ -683,11 +699,11 @@ void ContextAttention::GatherQ(int64_t layer, const Rows& rows) {
       const int64_t dcp = member % dcp_;
       const int64_t n = batch_->gather_q_rows[pcp];
       float* to_lse = to + n * out_dim;
-      for (int64_t row = 0; row < n; ++row) {
+      CopyRows(*pool_, n, out_dim * kFloat, [&](int64_t row) {
         const int64_t at = (first[pcp] + row) * dcp_ + dcp;
         std::memcpy(to + row * out_dim, out + at * out_dim, static_cast<size_t>(out_dim * kFloat));
         std::memcpy(to_lse + row * o_.heads, lse + at * o_.heads, static_cast<size_t>(o_.heads * kFloat));
-      }
+      });
       const int64_t floats = n * (out_dim + o_.heads);
       parts.push_back(std::as_bytes(std::span<const float>(to, static_cast<size_t>(floats))));
       to += floats;

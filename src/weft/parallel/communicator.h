@@ -56,10 +56,6 @@ class Communicator {
     for (const auto& b : bytes) views.emplace_back(reinterpret_cast<const T*>(b.data()), b.size() / sizeof(T));
   }
 
-  // Moves what StartAllGather has started, where that needs a hand (a network without one of its own); returns at once.
-  // Worth a call between two pieces of compute of 100 us or more; by the member's own thread.
-  virtual void Progress() {}
-
   // parts[i] goes to member i (parts.size() = size(); sizes differ freely and may be 0): views[i] becomes what member i
   // gave as its parts[rank()]. The same rules of lifetime as AllGather's, for the bytes; `parts` itself is not kept.
   virtual void AllToAll(std::span<const std::span<const std::byte>> parts,

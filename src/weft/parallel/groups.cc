@@ -61,9 +61,9 @@ std::vector<RankGroups> MakeProcessGroups(const cp::ParallelConfig& config, Proc
   const int32_t world = config.WorldSize();
   if (world % processes.size() != 0) {
     Throw(
-        "{} processes: must divide the number of ranks, {} (= --tensor-parallel-size {} x "
-        "--prefill-context-parallel-size {})",
-        processes.size(), world, config.tensor_parallel, config.prefill_context_parallel);
+        "{} processes: must divide the number of ranks, {} (= --data-parallel-size {} x "
+        "--prefill-context-parallel-size {} x --tensor-parallel-size {})",
+        processes.size(), world, config.data_parallel, config.prefill_context_parallel, config.tensor_parallel);
   }
   const int32_t here = world / processes.size();
   return MakeGroups(config, [&](const std::vector<int32_t>& members) {

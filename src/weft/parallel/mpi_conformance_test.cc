@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <random>
 
 #include "weft/parallel/conformance_test.h"
 #include "weft/parallel/groups.h"
-#include "weft/parallel/processes.h"
+#include "weft/parallel/mpi_test_main.h"
 #include "weft/parallel/rank_threads.h"
 
 namespace weft {
@@ -15,15 +16,7 @@ namespace {
 // Longer than any test takes, shorter than ctest's patience: a hang becomes a message.
 constexpr double kLimitSeconds = 60;
 
-std::shared_ptr<Processes> everybody;  // for what the processes of the test have to agree on
-
-uint64_t CommonSeed() {
-  const uint64_t mine = std::random_device()();
-  const auto all = everybody->AllGather(std::as_bytes(std::span(&mine, 1)));
-  uint64_t seed = 0;
-  std::memcpy(&seed, all[0].data(), sizeof(seed));
-  return seed;
-}
+using testing::everybody;
 
 // Which process each member lives in.
 enum class Mapping { kConsecutive, kCyclic, kUneven };
@@ -56,7 +49,10 @@ CommunicatorFactory Mpi(std::string name, Mapping mapping, int threads) {
     RankThreads threads_here(static_cast<int>(here.size()), [&] { here[0]->Abort(); });
     threads_here.RunOnAll([&](int i) { member(*here[static_cast<size_t>(i)]); });
   };
-  return {.name = std::move(name), .size = static_cast<int>(process_of.size()), .seed = CommonSeed(), .run = run};
+  return {.name = std::move(name),
+          .size = static_cast<int>(process_of.size()),
+          .seed = testing::CommonSeed(std::random_device()()),
+          .run = run};
 }
 
 std::vector<CommunicatorFactory> Factories() {
@@ -71,11 +67,11 @@ std::vector<CommunicatorFactory> Factories() {
   return factories;
 }
 
-INSTANTIATE_TEST_SUITE_P(Mpi, CommunicatorConformance, testing::ValuesIn(Factories()),
+INSTANTIATE_TEST_SUITE_P(Mpi, CommunicatorConformance, ::testing::ValuesIn(Factories()),
                          [](const auto& test) { return test.param.name; });
 
 TEST(Processes, MessagesComeInOrderAndWhole) {
-  std::mt19937_64 random(CommonSeed());
+  std::mt19937_64 random(testing::CommonSeed(std::random_device()()));
   const auto processes = Processes::Join();
   for (int round = 0; round < 20; ++round) {
     std::vector<std::vector<std::byte>> given;
@@ -190,24 +186,4 @@ TEST(Processes, GroupsInsideOneProcessShareMemory) {
 }  // namespace
 }  // namespace weft
 
-int main(int argc, char** argv) {
-  weft::everybody = weft::Processes::Join();
-  if (weft::everybody->size() < 2) {
-    std::fprintf(stderr, "to be run by mpirun with 2 processes at least\n");
-    return 1;
-  }
-  testing::InitGoogleTest(&argc, argv);
-  // One process speaks; the others say what failed.
-  if (weft::everybody->rank() != 0) {
-    auto& listeners = testing::UnitTest::GetInstance()->listeners();
-    delete listeners.Release(listeners.default_result_printer());
-  }
-  const int failed = RUN_ALL_TESTS();
-  const std::byte mine{static_cast<unsigned char>(failed != 0)};
-  bool any = false;
-  for (const auto& one : weft::everybody->AllGather(std::span(&mine, 1))) any |= one[0] != std::byte{0};
-  if (failed != 0) std::fprintf(stderr, "process %d: tests failed\n", weft::everybody->rank());
-  weft::everybody.reset();
-  weft::Processes::Finish();
-  return any ? 1 : 0;
-}
+int main(int argc, char** argv) { return weft::testing::MpiTestMain(argc, argv); }

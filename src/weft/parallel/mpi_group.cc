@@ -23,6 +23,9 @@ using Bytes = std::span<const std::byte>;
 
 // Data of up to so many bytes travels in the message that says how many they are, where the receiver does not know.
 constexpr size_t kInlineBytes = 4096;
+// From so many bytes on those of StartAllGather are moved on while the ranks compute. Fewer lie in MPI's buffers as
+// soon as they are sent, and waking a thread for them would cost more than it brings.
+constexpr size_t kCarriedBytes = size_t{64} << 10;
 // Views begin at multiples of this in the memory that they are received into.
 constexpr size_t kAlignment = 64;
 
@@ -63,6 +66,7 @@ class MpiGroup final : public Communicator {
       : s_(std::move(shared)), p_(*s_->processes), rank_(rank), local_index_(local_index) {
     headers_.resize(s_->others.size());
   }
+  ~MpiGroup() override { SetCarried(false); }
 
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(s_->process_of.size()); }
@@ -120,14 +124,21 @@ class MpiGroup final : public Communicator {
           to += RoundUp(sizes[m]);
         }
       }
-      if (mine.empty()) return;
-      for (const auto& [process, members] : s_->others) p_.PostSend(process, TagOf(rank_), mine, sends_);
+      size_t bytes = mine.size() * s_->others.size();
+      if (leads()) {
+        for (const int member : s_->remote) bytes += sizes[static_cast<size_t>(member)];
+      }
+      if (!mine.empty()) {
+        for (const auto& [process, members] : s_->others) p_.PostSend(process, TagOf(rank_), mine, sends_);
+      }
+      if (bytes > kCarriedBytes) SetCarried(true);
     });
   }
 
   void FinishAllGather(std::vector<Bytes>& views) override {
     Guard([&] {
       WEFT_CHECK(std::exchange(started_, false), "FinishAllGather without StartAllGather");
+      SetCarried(false);
       p_.ThrowIfFailed();
       if (leads()) {
         Await(receives_);
@@ -137,8 +148,6 @@ class MpiGroup final : public Communicator {
       ViewGathered(views);
     });
   }
-
-  void Progress() override { p_.Poll(); }
 
   void AllToAll(std::span<const Bytes> parts, std::vector<Bytes>& views) override {
     Guard([&] {
@@ -177,6 +186,12 @@ class MpiGroup final : public Communicator {
     std::vector<MpiProcesses::Request> requests;
   };
 
+  void SetCarried(bool carried) {
+    if (carried == carried_) return;
+    carried_ = carried;
+    carried ? p_.StartCarrying() : p_.StopCarrying();
+  }
+
   bool leads() const { return local_index_ == 0; }
   int TagOf(int member) const { return s_->first_tag + member; }
 
@@ -186,6 +201,7 @@ class MpiGroup final : public Communicator {
     try {
       f();
     } catch (...) {
+      SetCarried(false);
       p_.Abandon(sends_);
       p_.Abandon(receives_);
       throw;
@@ -344,6 +360,7 @@ class MpiGroup final : public Communicator {
   size_t local_index_;
   uint64_t epoch_ = 0;
   bool started_ = false;  // between StartAllGather and FinishAllGather
+  bool carried_ = false;  // a thread moves the messages meanwhile
   std::vector<MpiProcesses::Request> sends_, receives_;
   std::vector<std::vector<std::byte>> headers_;  // being sent, by other process
 };

@@ -5,7 +5,9 @@
 #define OMPI_SKIP_MPICXX 1
 #include <mpi.h>
 
+#include <condition_variable>
 #include <mutex>
+#include <thread>
 
 #include "weft/core/error.h"
 #include "weft/core/spin.h"
@@ -41,6 +43,10 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   bool TestAll(std::vector<Request>& requests);
   // Moves all messages that are under way and looks for bad news. Does nothing while another thread is inside MPI.
   void Poll();
+  // From StartCarrying to StopCarrying (which may be nested, of any threads) a thread of this process moves messages
+  // while the others compute: MPI by itself does so only inside its calls.
+  void StartCarrying();
+  void StopCarrying();
   void ThrowIfFailed() const {
     if (failed_.load(std::memory_order_acquire)) [[unlikely]]
       ThrowFailure();
@@ -79,6 +85,7 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   void Note(int code, int peer);
   void SetFailure(std::string why);
   void PollLocked();
+  void Carry();
 
   MPI_Comm comm_;
   int rank_ = 0;
@@ -103,6 +110,12 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   };
   std::vector<Notice> notices_;
   std::vector<MPI_Request> notice_requests_;  // by notice; under the library's lock
+
+  std::mutex carry_mutex_;  // guards what follows
+  std::condition_variable carry_wake_;
+  int carried_ = 0;
+  bool stopping_ = false;
+  std::thread carrier_;
 };
 
 // The lock around every call into MPI.

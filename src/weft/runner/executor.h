@@ -25,11 +25,11 @@ struct ExecutorOptions {
   int64_t kv_cache_bytes = 0;
   int64_t max_model_len = 0;  // positions that rope is prepared for; 0: the model's
   ContextExchange exchange = ContextExchange::kAuto;
-  // Measure this machine for `exchange` = kAuto, in some milliseconds, when the ranks are made; else these are its
-  // rates.
+  // Measure this machine for `exchange` = kAuto and `pcp_min_tokens` = 0, in some milliseconds, when the ranks are
+  // made; else these are its rates.
   bool measure_rates = false;
   cp::MachineRates rates = {};
-  int64_t pcp_min_tokens = 0;     // prompts of fewer new tokens are not cut over PCP ranks; 0: chosen by weft
+  int64_t pcp_min_tokens = 0;     // prompts of fewer new tokens are not cut over PCP ranks; 0: by the rates
   int64_t solo_max_tokens = 256;  // BatchOptions::solo_max_tokens
   // Keys from earlier steps that prompts get from other processes, or expand (MLA), at a time: the bound on the memory
   // that they take (--cp-context-segment-tokens).

@@ -13,16 +13,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kLongestWait = std::chrono::milliseconds(20);
 
-std::string Describe(const std::exception_ptr& exception) {
-  try {
-    std::rethrow_exception(exception);
-  } catch (const std::exception& e) {
-    return e.what();
-  } catch (...) {
-    return "unknown exception";
-  }
-}
-
 // There is no thread that runs the steps: of the replicas that wait with a plan, one runs the step for all.
 class JointSteps {
  public:
@@ -112,7 +102,7 @@ class JointSteps {
     }
     running_ = false;
     changed_.notify_all();
-    if (error) Tell(lock, Describe(error), false);
+    if (error) Tell(lock, DescribeException(error), false);
   }
 
   // Listeners of replicas that do not find out by themselves, or of all. Each is called once.

@@ -110,7 +110,7 @@ cp::AttentionShape AttentionShapeOf(const ModelConfig& config, const cp::Paralle
 }
 
 cp::MachineRates MeasureRates(const KernelTable& kernels, const cp::AttentionShape& shape, const ModelWeights& weights,
-                              ThreadPool& pool, Communicator& group) {
+                              ThreadPool& pool, Communicator& group, bool messages) {
   cp::MachineRates rates;
   group.Barrier();
   rates.flop_per_s = AttentionFlopPerSecond(kernels, shape, pool);
@@ -118,7 +118,7 @@ cp::MachineRates MeasureRates(const KernelTable& kernels, const cp::AttentionSha
   if (group.size() == 1) return rates;
   group.Barrier();
   rates.latency_s = BestSeconds(8, [&] { group.Barrier(); });
-  if (group.shares_memory()) return rates;
+  if (!messages && group.shares_memory()) return rates;
   constexpr size_t kBytes = size_t{1} << 20;
   Buffer mine(kBytes);
   std::fill_n(mine.as<char>(), kBytes, 1);

@@ -16,9 +16,10 @@ namespace weft {
 cp::AttentionShape AttentionShapeOf(const ModelConfig& config, const cp::ParallelConfig& parallel, DType kv_dtype);
 
 // Collective over `group`, the ranks of the KV shards, whose exchange is measured, and meant to be called by all ranks
-// of the world at once: so they run in the steps. `weights` are read as products read them.
+// of the world at once: so they run in the steps. `weights` are read as products read them. `messages`:
+// the exchange is measured also where memory is shared, as ExecutorOptions::stream has it.
 cp::MachineRates MeasureRates(const KernelTable& kernels, const cp::AttentionShape& shape, const ModelWeights& weights,
-                              ThreadPool& pool, Communicator& group);
+                              ThreadPool& pool, Communicator& group, bool messages = false);
 
 // Those of rank 0, for all. Collective over `world`.
 cp::MachineRates AgreeOnRates(const cp::MachineRates& mine, Communicator& world);

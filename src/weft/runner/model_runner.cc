@@ -16,11 +16,11 @@ constexpr int64_t kLogitsTile = 64;
 
 }  // namespace
 
-ModelRunner::ModelRunner(Transformer::Options options, const BatchOptions& batch_options)
-    : o_(options), batch_options_(batch_options), transformer_(std::move(options)) {}
+ModelRunner::ModelRunner(Transformer::Options options) : o_(options), transformer_(std::move(options)) {}
 
-std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const RequestTable& table, int64_t most_rows) {
-  RankBatch batch = MakeRankBatch(plan, table, batch_options_, o_.coord);
+std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const StepDeal& deal, const RequestTable& table,
+                                         int64_t most_rows) {
+  RankBatch batch = MakeRankBatch(plan, deal, table, o_.parallel, o_.coord);
   batch.forward.most_rows = std::max(batch.forward.most_rows, most_rows);
   CopyBlocks(plan);
   transformer_.Forward(batch.forward);

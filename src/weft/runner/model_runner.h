@@ -15,13 +15,14 @@ namespace weft {
 class ModelRunner {
  public:
   // Collective, like Transformer's constructor.
-  ModelRunner(Transformer::Options options, const BatchOptions& batch_options);
+  explicit ModelRunner(Transformer::Options options);
 
-  // Collective over all ranks, each with the same plan and table. Gives what this rank found out: the rows of the
-  // requests whose logits it looked at (TP rank 0 only; requests may turn up on several PCP ranks, see MergeOutputs).
-  // Replicas that share experts step together, those without requests with an empty plan; `most_rows` is then MostRows
-  // over all of them.
-  std::vector<RowOutput> Step(const StepPlan& plan, const RequestTable& table, int64_t most_rows = 0);
+  // Collective over all ranks, each with the same plan, deal (DealStep) and table. Gives what this rank found out: the
+  // rows of the requests whose logits it looked at (TP rank 0 only; requests may turn up on several PCP ranks, see
+  // MergeOutputs). Replicas that share experts step together, those without requests with an empty plan; `most_rows` is
+  // then MostRows over all of them.
+  std::vector<RowOutput> Step(const StepPlan& plan, const StepDeal& deal, const RequestTable& table,
+                              int64_t most_rows = 0);
 
   // ContextAttention::exchanged_bytes.
   int64_t exchanged_bytes() const { return transformer_.exchanged_bytes(); }
@@ -34,7 +35,6 @@ class ModelRunner {
               RowOutput& out) const;
 
   Transformer::Options o_;
-  BatchOptions batch_options_;
   Transformer transformer_;
   Buffer logits_;
 };

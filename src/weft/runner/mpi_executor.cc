@@ -37,16 +37,6 @@ std::vector<std::byte> Message(Kind kind, std::span<const std::byte> content = {
   return message;
 }
 
-std::string Describe(const std::exception_ptr& exception) {
-  try {
-    std::rethrow_exception(exception);
-  } catch (const std::exception& e) {
-    return e.what();
-  } catch (...) {
-    return "unknown exception";
-  }
-}
-
 // What must be the same in all processes, in words.
 std::string Fingerprint(const ExecutorOptions& o, const ModelConfig& c) {
   const cp::ParallelConfig& p = o.parallel;
@@ -94,7 +84,7 @@ std::unique_ptr<RankHost> MakeHost(const ExecutorOptions& given, std::shared_ptr
     processes.AllGather({});  // all are ready
     return host;
   } catch (...) {
-    processes.Fail(fmt::format("process {}: {}", processes.rank(), Describe(std::current_exception())));
+    processes.Fail(fmt::format("process {}: {}", processes.rank(), DescribeException(std::current_exception())));
     throw;
   }
 }
@@ -169,7 +159,7 @@ class MpiExecutor : public JointExecutor {
       return outputs;
     } catch (...) {
       step_began_ = 0;
-      processes_->Fail(fmt::format("process 0: {}", Describe(std::current_exception())));
+      processes_->Fail(fmt::format("process 0: {}", DescribeException(std::current_exception())));
       throw Error(processes_->Failure(), ErrorKind::kInternal);  // the first reason, which may be another
     }
   }
@@ -280,16 +270,18 @@ void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoin
   WEFT_CHECK(processes->rank() != 0);
   const std::unique_ptr<RankHost> host = MakeHost(options, std::move(checkpoint), *processes);
   try {
+    auto last_step = Clock::now();
     while (true) {
       // Process 0 says something every few seconds, or it is gone, or cut off.
       const auto since = Clock::now();
       const auto limit = std::chrono::duration<double>(options.step_timeout_s) + 2 * kPingInterval;
       const std::vector<std::byte> message = processes->Receive(0, [&] {
         // Between two steps of a busy instance it takes some hundred microseconds; in an idle one nobody is in a hurry.
-        const auto waited = Clock::now() - since;
-        if (waited < std::chrono::milliseconds(5)) return;
-        std::this_thread::sleep_for(waited < std::chrono::seconds(1) ? std::chrono::microseconds(100)
-                                                                     : std::chrono::microseconds(1000));
+        const auto now = Clock::now();
+        if (now - last_step < std::chrono::milliseconds(5)) return;
+        std::this_thread::sleep_for(now - last_step < std::chrono::seconds(1) ? std::chrono::microseconds(100)
+                                                                              : std::chrono::microseconds(2000));
+        const auto waited = now - since;
         if (waited > limit) {
           throw Error(fmt::format("process {} has not heard from process 0 for {:.0f} s", processes->rank(),
                                   std::chrono::duration<double>(waited).count()),
@@ -306,6 +298,7 @@ void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoin
           ProcessOutputs outputs{.ranks = host->Step(given), .expert_loads = {}};
           for (size_t i = 0; i < given.size(); ++i) outputs.expert_loads.push_back(host->ExpertLoad(i));
           processes->Send(0, EncodeOutputs(outputs));
+          last_step = Clock::now();
           break;
         }
         case Kind::kPing:
@@ -316,7 +309,7 @@ void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoin
       }
     }
   } catch (...) {
-    processes->Fail(fmt::format("process {}: {}", processes->rank(), Describe(std::current_exception())));
+    processes->Fail(fmt::format("process {}: {}", processes->rank(), DescribeException(std::current_exception())));
     throw Error(processes->Failure(), ErrorKind::kInternal);  // the first reason, which may be another's
   }
 }

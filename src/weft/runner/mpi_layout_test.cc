@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "weft/core/log.h"
+#include "weft/parallel/mpi_test_main.h"
 #include "weft/runner/layout_oracle.h"
 #include "weft/runner/mpi_executor.h"
 
@@ -19,21 +20,14 @@ namespace {
 
 using testing::Choices;
 using testing::DriveOptions;
+using testing::everybody;
 using testing::Oracle;
 using testing::SmallModel;
-
-std::shared_ptr<Processes> everybody;  // for what the processes of the test have to agree on
 
 // More than any of the tests uses.
 constexpr int64_t kTokens = 4096;
 
-uint64_t CommonSeed() {
-  const uint64_t mine = everybody->rank() == 0 ? testing::FreshSeed() : 0;
-  const auto all = everybody->AllGather(std::as_bytes(std::span(&mine, 1)));
-  uint64_t seed = 0;
-  std::memcpy(&seed, all[0].data(), sizeof(seed));
-  return seed;
-}
+uint64_t CommonSeed() { return testing::CommonSeed(everybody->rank() == 0 ? testing::FreshSeed() : 0); }
 
 // Runs `drive` in process 0 on ranks of all processes.
 void OnAll(const SmallModel& model, const cp::ParallelConfig& layout, const Choices& choices, uint64_t seed,
@@ -101,8 +95,16 @@ TEST_P(MpiLayouts, ReplicasGiveWhatOneRankGives) {
   for (cp::ParallelConfig layout :
        {cp::ParallelConfig{.data_parallel = 4}, cp::ParallelConfig{.data_parallel = 2, .prefill_context_parallel = 2},
         cp::ParallelConfig{.data_parallel = 3, .prefill_context_parallel = 4},
-        cp::ParallelConfig{.data_parallel = 2, .tensor_parallel = 4}}) {
+        cp::ParallelConfig{.data_parallel = 2, .tensor_parallel = 4},
+        // Replicas that begin in the middle of a process: of the second one's groups some are within it, some not.
+        cp::ParallelConfig{.data_parallel = 3,
+        .prefill_context_parallel = 2,
+        .decode_context_parallel = 2,
+        .tensor_parallel = 2,
+        .pcp_kv_layout = cp::PcpKvLayout::kReplicated}}) {
     layout.block_tokens = testing::kBlock;
+    const ModelConfig shape = testing::SmallConfig(GetParam());
+    if (layout.decode_context_parallel > 1 && !shape.mla && shape.num_kv_heads > 1) continue;
     if (layout.WorldSize() % everybody->size() != 0) continue;
     for (const bool ep : {false, true}) {
       if (ep && !moe) continue;
@@ -187,18 +189,5 @@ TEST(MpiExecutor, TheReasonOfAFailureReachesProcessZero) {
 
 int main(int argc, char** argv) {
   weft::InitLogging("warning");
-  weft::everybody = weft::Processes::Join();
-  testing::InitGoogleTest(&argc, argv);
-  if (weft::everybody->rank() != 0) {
-    auto& listeners = testing::UnitTest::GetInstance()->listeners();
-    delete listeners.Release(listeners.default_result_printer());
-  }
-  const int failed = RUN_ALL_TESTS();
-  const std::byte mine{static_cast<unsigned char>(failed != 0)};
-  bool any = false;
-  for (const auto& one : weft::everybody->AllGather(std::span(&mine, 1))) any |= one[0] != std::byte{0};
-  if (failed != 0) std::fprintf(stderr, "process %d: tests failed\n", weft::everybody->rank());
-  weft::everybody.reset();
-  weft::Processes::Finish();
-  return any ? 1 : 0;
+  return weft::testing::MpiTestMain(argc, argv);
 }

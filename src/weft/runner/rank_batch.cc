@@ -15,6 +15,17 @@ int64_t SlotOn(const cp::KvLayout& layout, int32_t shard, const std::vector<int3
   return int64_t{block_table[vb]} * layout.block_tokens + layout.Offset(x);
 }
 
+bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
+  if (options.parallel.prefill_context_parallel == 1 || options.solo_max_tokens == 0) return false;
+  int64_t tokens = 0;
+  for (const RequestStep& step : plan.requests) {
+    if (step.prefill && step.tokens >= options.costs.min_tokens_to_cut) return false;
+    if (!step.copies.empty()) return false;  // every rank copies on its own shard
+    tokens += step.tokens;
+  }
+  return tokens <= options.solo_max_tokens;
+}
+
 // By request of the plan: whether its rows gather Q. `shards`: among how many the ranks that run this step exchange;
 // `ranks`: PCP ranks that run it.
 std::vector<bool> GathersQ(const StepPlan& plan, const BatchOptions& options, int32_t shards, int32_t ranks) {
@@ -39,29 +50,26 @@ std::vector<bool> GathersQ(const StepPlan& plan, const BatchOptions& options, in
                            options.rates);
 }
 
-// The step's tokens, by PCP rank that runs it.
-auto Deal(const StepPlan& plan, const BatchOptions& options) {
-  std::vector<cp::QueryItem> items;
-  for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
-  return cp::DealQueries(items, options.costs, IsSolo(plan, options) ? 1 : options.parallel.prefill_context_parallel);
-}
-
 }  // namespace
 
-bool IsSolo(const StepPlan& plan, const BatchOptions& options) {
-  if (options.parallel.prefill_context_parallel == 1 || options.solo_max_tokens == 0) return false;
-  int64_t tokens = 0;
-  for (const RequestStep& step : plan.requests) {
-    if (step.prefill && step.tokens >= options.costs.min_tokens_to_cut) return false;
-    if (!step.copies.empty()) return false;  // every rank copies on its own shard
-    tokens += step.tokens;
-  }
-  return tokens <= options.solo_max_tokens;
+StepDeal DealStep(const StepPlan& plan, const BatchOptions& options) {
+  const cp::ParallelConfig& parallel = options.parallel;
+  StepDeal deal;
+  deal.solo = IsSolo(plan, options);
+  deal.ranks = deal.solo ? 1 : parallel.prefill_context_parallel;
+  // Else over each one's DCP group alone: replicas, or one rank for all.
+  deal.over_pcp = !deal.solo && parallel.KvShards() > parallel.decode_context_parallel;
+  std::vector<cp::QueryItem> items;
+  for (const RequestStep& step : plan.requests) items.push_back({step.computed, step.tokens, !step.prefill});
+  deal.dealt = cp::DealQueries(items, options.costs, deal.ranks);
+  const int32_t exchanging = deal.over_pcp ? parallel.KvShards() : parallel.decode_context_parallel;
+  deal.gathers_q = GathersQ(plan, options, exchanging, deal.ranks);
+  return deal;
 }
 
-int64_t MostRows(const StepPlan& plan, const BatchOptions& options) {
+int64_t MostRows(const StepDeal& deal) {
   int64_t most = 0;
-  for (const auto& of_rank : Deal(plan, options)) {
+  for (const auto& of_rank : deal.dealt) {
     int64_t rows = 0;
     for (const cp::DealtChunk& dealt : of_rank) rows += dealt.chunk.tokens;
     most = std::max(most, rows);
@@ -69,58 +77,48 @@ int64_t MostRows(const StepPlan& plan, const BatchOptions& options) {
   return most;
 }
 
-ContextCounts CountContext(const StepPlan& plan, const BatchOptions& options) {
-  const cp::ParallelConfig& parallel = options.parallel;
-  const bool solo = IsSolo(plan, options);
-  const std::vector<bool> gathers_q =
-      GathersQ(plan, options, solo ? parallel.decode_context_parallel : parallel.KvShards(),
-               solo ? 1 : parallel.prefill_context_parallel);
-  ContextCounts counts{.steps = 1, .solo_steps = solo ? 1u : 0u};
-  const auto dealt = Deal(plan, options);
+ContextCounts CountContext(const StepPlan& plan, const StepDeal& deal) {
+  ContextCounts counts{.steps = 1, .solo_steps = deal.solo ? 1u : 0u};
+  std::vector<int32_t> ranks(plan.requests.size());  // that have chunks of it
+  for (const auto& chunks : deal.dealt) {
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      ranks[chunks[i].item] += i == 0 || chunks[i - 1].item != chunks[i].item;  // they are in the order of the items
+    }
+  }
   for (size_t i = 0; i < plan.requests.size(); ++i) {
     const RequestStep& step = plan.requests[i];
-    (gathers_q[i] ? counts.gather_q_tokens : counts.gather_kv_tokens) += static_cast<uint64_t>(step.tokens);
-    if (!step.prefill) continue;
-    const auto ranks = std::ranges::count_if(dealt, [&](const auto& chunks) {
-      return std::ranges::any_of(chunks, [&](const auto& c) { return c.item == i; });
-    });
-    ++(ranks > 1 ? counts.cut_prefills : counts.whole_prefills);
+    (deal.gathers_q[i] ? counts.gather_q_tokens : counts.gather_kv_tokens) += static_cast<uint64_t>(step.tokens);
+    if (step.prefill) ++(ranks[i] > 1 ? counts.cut_prefills : counts.whole_prefills);
   }
   return counts;
 }
 
-RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
-                        const cp::RankCoord& coord) {
-  const cp::ParallelConfig& parallel = options.parallel;
+RankBatch MakeRankBatch(const StepPlan& plan, const StepDeal& deal, const RequestTable& table,
+                        const cp::ParallelConfig& parallel, const cp::RankCoord& coord) {
   const cp::KvLayout layout = LayoutOf(parallel);
   const int32_t pcp_size = parallel.prefill_context_parallel;
   const int32_t dcp_size = parallel.decode_context_parallel;
   RankBatch batch;
   ForwardBatch& f = batch.forward;
-  f.solo = IsSolo(plan, options);
-  const int32_t working = f.solo ? 1 : pcp_size;  // PCP ranks that run the step
-  const auto dealt = Deal(plan, options);
-  // Over the PCP ranks, too, or over each one's DCP group alone: replicas, or one rank for all.
-  const bool pcp_shards = layout.shards > dcp_size;
-  const bool pcp_exchanges = pcp_shards && !f.solo;
-  const int32_t exchanging = pcp_exchanges ? layout.shards : dcp_size;
-  const std::vector<bool> gathers_q = GathersQ(plan, options, exchanging, working);
+  f.solo = deal.solo;
+  const bool pcp_shards = layout.shards > dcp_size;  // each PCP rank has shards of its own
+  const bool pcp_exchanges = deal.over_pcp;
   f.local_shards = {coord.kv_shard};
   if (f.solo && pcp_shards) {
     for (int32_t pcp = 1; pcp < pcp_size; ++pcp) f.local_shards.push_back(pcp * dcp_size + coord.dcp);
   }
 
-  for (int32_t pcp = 0; pcp < working; ++pcp) {
+  for (int32_t pcp = 0; pcp < deal.ranks; ++pcp) {
     const bool own = pcp == coord.pcp;
     std::vector<cp::DealtChunk> order;  // gather-KV rows first
     std::vector<const RequestState*> states;
     int64_t gathered = 0;
     int64_t rows_of_rank = 0;
     for (const bool gather_q : {false, true}) {
-      for (const cp::DealtChunk& dealt_chunk : dealt[static_cast<size_t>(pcp)]) {
+      for (const cp::DealtChunk& dealt_chunk : deal.dealt[static_cast<size_t>(pcp)]) {
         const auto& [item, chunk] = dealt_chunk;
         const RequestStep& step = plan.requests[item];
-        if (gathers_q[item] != gather_q) continue;
+        if (deal.gathers_q[item] != gather_q) continue;
         (gather_q ? f.any_gather_q : f.any_gather_kv) = true;
         const RequestState& state = table.Get(step.handle);
         order.push_back(dealt_chunk);

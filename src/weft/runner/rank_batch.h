@@ -52,18 +52,25 @@ struct RankBatch {
   std::vector<LogitsRow> logits;  // in order of the rows; the same on all TP ranks of a PCP rank
 };
 
-// Whether PCP rank 0 runs this step alone.
-bool IsSolo(const StepPlan& plan, const BatchOptions& options);
+// What a step's ranks have in common: a pure function of the plan.
+struct StepDeal {
+  bool solo = false;                               // PCP rank 0 runs it alone
+  int32_t ranks = 1;                               // PCP ranks that run it
+  bool over_pcp = false;                           // gather-Q exchanges over the PCP ranks, too
+  std::vector<std::vector<cp::DealtChunk>> dealt;  // [ranks] the chunks of each
+  std::vector<bool> gathers_q;                     // by request of the plan
+};
+StepDeal DealStep(const StepPlan& plan, const BatchOptions& options);
 
 // What the step counts for, but for the bytes.
-ContextCounts CountContext(const StepPlan& plan, const BatchOptions& options);
+ContextCounts CountContext(const StepPlan& plan, const StepDeal& deal);
 
 // The most rows that any rank of the replica has in this step; 0 where there is no request.
-int64_t MostRows(const StepPlan& plan, const BatchOptions& options);
+int64_t MostRows(const StepDeal& deal);
 
 // Pure: every rank derives its own part, and what it must know of its peers', from the plan (after
-// `table.Apply(plan)`). The block tables in the result are views of `table`'s.
-RankBatch MakeRankBatch(const StepPlan& plan, const RequestTable& table, const BatchOptions& options,
-                        const cp::RankCoord& coord);
+// `table.Apply(plan)`) and its deal. The block tables in the result are views of `table`'s.
+RankBatch MakeRankBatch(const StepPlan& plan, const StepDeal& deal, const RequestTable& table,
+                        const cp::ParallelConfig& parallel, const cp::RankCoord& coord);
 
 }  // namespace weft

@@ -68,7 +68,8 @@ RankHost::RankHost(const ExecutorOptions& options, std::shared_ptr<const Checkpo
     tables_.emplace_back(i == 0 ? options.seed : MixBits(options.seed ^ MixBits(static_cast<uint64_t>(i))));
   }
   // One rank works for its PCP group where it can write to all of its caches and has all experts.
-  if (options.stream || parallel.expert_parallel || here_.size() < groups_.size()) batch_options_.solo_max_tokens = 0;
+  const bool whole_replicas = here_.size() % replica_size() == 0;
+  if (options.stream || parallel.expert_parallel || !whole_replicas) batch_options_.solo_max_tokens = 0;
   if (num_blocks_ == 0) {
     const int64_t block_bytes = VirtualBlockBytes(config_, parallel, options.kv_dtype);
     num_blocks_ = options.kv_cache_bytes / (block_bytes * parallel.data_parallel);
@@ -145,7 +146,7 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
   WEFT_CHECK(plans.size() == tables_.size());
   static const StepPlan kNothing;
   std::vector<const StepPlan*> work(plans.begin(), plans.end());  // not null
-  std::vector<bool> solo(plans.size());
+  std::vector<StepDeal> deals(plans.size());
   int64_t most_rows = 0;
   size_t given = 0;
   size_t last = 0;
@@ -157,9 +158,11 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
     ++given;
     last = i;
     tables_[i].Apply(*work[i]);
-    solo[i] = IsSolo(*work[i], batch_options_);
+  }
+  for (size_t i = 0; i < plans.size(); ++i) {
+    deals[i] = DealStep(*work[i], batch_options_);
     // Only the ranks that share experts have to know of each other's rows.
-    if (options_.parallel.expert_parallel) most_rows = std::max(most_rows, MostRows(*work[i], batch_options_));
+    if (options_.parallel.expert_parallel) most_rows = std::max(most_rows, MostRows(deals[i]));
   }
   WEFT_CHECK(steps_together() || given == 1, "{} plans for replicas that step alone", given);
   // By rank here; each rank's place is there before the threads write.
@@ -170,15 +173,15 @@ RankHost::Outputs RankHost::Step(std::span<const StepPlan* const> plans) {
     const auto replica = static_cast<size_t>(coord.dp);
     // Only where experts are shared does a replica without rows have a part in the others' step.
     if (idle(work[replica]) && !options_.parallel.expert_parallel) return;
-    if (solo[replica] && coord.pcp != 0) return;
+    if (deals[replica].solo && coord.pcp != 0) return;
     found[static_cast<size_t>(index)] =
-        ranks_[static_cast<size_t>(index)]->runner->Step(*work[replica], tables_[replica], most_rows);
+        ranks_[static_cast<size_t>(index)]->runner->Step(*work[replica], deals[replica], tables_[replica], most_rows);
   };
   if (!std::ranges::all_of(work, idle)) {
     Team& team = teams_[steps_together() ? 0 : last];
     RunOnAll(team, step);
     CountExpertLoad(team);
-    CountContext(team, work);
+    CountContext(team, work, deals);
   }
   Outputs outputs(plans.size());
   for (size_t index = 0; index < found.size(); ++index) {
@@ -204,11 +207,11 @@ void RankHost::CountExpertLoad(const Team& team) {
   }
 }
 
-void RankHost::CountContext(const Team& team, std::span<const StepPlan* const> work) {
+void RankHost::CountContext(const Team& team, std::span<const StepPlan* const> work, std::span<const StepDeal> deals) {
   const std::lock_guard lock(load_mutex_);
   for (size_t i = 0; i < work.size(); ++i) {
     if (work[i]->requests.empty()) continue;
-    contexts_[i] += weft::CountContext(*work[i], batch_options_);
+    contexts_[i] += weft::CountContext(*work[i], deals[i]);
     contexts_[i].exchanged_bytes = 0;
   }
   for (int i = 0; i < team.threads->size(); ++i) {
@@ -276,14 +279,16 @@ std::vector<int> RankHost::CpusOf(const std::vector<int>& cpus, int index) const
 void RankHost::LearnRates() {
   const bool processes = here_.size() < groups_.size();
   batch_options_.messages = options_.stream;
-  if (!processes && !(options_.measure_rates && options_.exchange == ContextExchange::kAuto)) return;
+  const bool asks_when_to_cut = options_.pcp_min_tokens == 0 && options_.parallel.prefill_context_parallel > 1;
+  const bool wanted = options_.exchange == ContextExchange::kAuto || asks_when_to_cut;
+  if (!processes && !(options_.measure_rates && wanted)) return;
   // The ranks of one team: those of the first replica, where each steps alone, speak for all.
   RunOnAll(teams_.front(), [&](int index) {
     const RankGroups& groups = GroupsOf(index);
     cp::MachineRates rates = options_.rates;
     if (options_.measure_rates) {
       rates = MeasureRates(kernels_, batch_options_.attention, *weights_[static_cast<size_t>(groups.coord.tp)],
-                           *ranks_[static_cast<size_t>(index)]->pool, *groups.cp);
+                           *ranks_[static_cast<size_t>(index)]->pool, *groups.cp, options_.stream);
     }
     const bool messages = processes && AnyRank(!groups.cp->shares_memory(), *groups.world);
     if (processes) rates = AgreeOnRates(rates, *groups.world);
@@ -291,7 +296,16 @@ void RankHost::LearnRates() {
     batch_options_.rates = rates;
     batch_options_.messages = messages || options_.stream;
   });
+  cp::QueryCosts& costs = batch_options_.costs;
+  if (asks_when_to_cut) {
+    const double layer_flop =
+        costs.per_token / static_cast<double>(config_.num_layers * options_.parallel.tensor_parallel);
+    costs.min_tokens_to_cut =
+        cp::MinTokensToCut(batch_options_.rates, static_cast<double>(SizeOf(options_.dtype)), layer_flop,
+                           options_.parallel.prefill_context_parallel, batch_options_.solo_max_tokens > 0);
+  }
   if (options_.measure_rates) {
+    if (asks_when_to_cut) spdlog::info("prompts are cut over PCP ranks from {} new tokens on", costs.min_tokens_to_cut);
     spdlog::info(
         "measured: prefill attention {:.0f} GFLOP/s, reads {:.1f} GB/s a rank{}", batch_options_.rates.flop_per_s / 1e9,
         batch_options_.rates.read_bytes_per_s / 1e9,
@@ -323,23 +337,24 @@ void RankHost::MakeRank(int index) {
   Rank* rank = ranks_[static_cast<size_t>(index)].get();
   RankGroups& groups = GroupsOf(index);
   rank->cache = std::make_unique<KvCache>(ShapeOf(config_, options_.parallel, options_.kv_dtype, num_blocks_));
-  rank->runner = std::make_unique<ModelRunner>(
-      Transformer::Options{
-          .config = &config_,
-          .weights = weights_[static_cast<size_t>(groups.coord.tp)],
-          .experts = ExpertsOf(groups.coord),
-          .rope = rope_,
-          .cache = rank->cache.get(),
-          .parallel = options_.parallel,
-          .coord = groups.coord,
-          .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get(), groups.world.get()},
-          .expert_parallel = options_.parallel.expert_parallel,
-          .kernels = &kernels_,
-          .pool = rank->pool.get(),
-          .joint_pool = rank->joint_pool.get(),
-          .context_segment_tokens = options_.context_segment_tokens,
-          .stream = options_.stream},
-      batch_options_);
+  // Where replicas begin in the middle of a process, some groups of a replica are within one and others of the same
+  // kind are not: then all of them exchange in messages.
+  const bool straddles = here_.size() % replica_size() != 0 && replica_size() % here_.size() != 0;
+  rank->runner = std::make_unique<ModelRunner>(Transformer::Options{
+      .config = &config_,
+      .weights = weights_[static_cast<size_t>(groups.coord.tp)],
+      .experts = ExpertsOf(groups.coord),
+      .rope = rope_,
+      .cache = rank->cache.get(),
+      .parallel = options_.parallel,
+      .coord = groups.coord,
+      .groups = {groups.tp.get(), groups.pcp.get(), groups.dcp.get(), groups.cp.get(), groups.world.get()},
+      .expert_parallel = options_.parallel.expert_parallel,
+      .kernels = &kernels_,
+      .pool = rank->pool.get(),
+      .joint_pool = rank->joint_pool.get(),
+      .context_segment_tokens = options_.context_segment_tokens,
+      .stream = options_.stream || straddles});
 }
 
 std::shared_ptr<const ExpertWeights> RankHost::ExpertsOf(const cp::RankCoord& coord) const {

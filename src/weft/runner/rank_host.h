@@ -64,9 +64,11 @@ class RankHost {
     std::unique_ptr<RankThreads> threads;
   };
 
+  // Ranks of a replica, here or elsewhere.
+  size_t replica_size() const { return groups_.size() / static_cast<size_t>(options_.parallel.data_parallel); }
   void MakeTeams();
-  // contexts_ after a step of the team; work: plans by replica.
-  void CountContext(const Team& team, std::span<const StepPlan* const> work);
+  // contexts_ after a step of the team; work and deals by replica.
+  void CountContext(const Team& team, std::span<const StepPlan* const> work, std::span<const StepDeal> deals);
   // expert_loads_ of the team's replicas. Between two runs of the team.
   void CountExpertLoad(const Team& team);
   // Runs f(index) for each rank of a team on its thread.

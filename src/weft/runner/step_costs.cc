@@ -1,11 +1,9 @@
 #include "weft/runner/step_costs.h"
 
+#include "weft/cp/exchange_cost.h"
+
 namespace weft {
 namespace {
-
-// Below this a prompt is not cut by itself: a product of few rows is bound by reading the weights, which cutting it
-// makes two ranks do at once. (docs/performance.md has the measurement.)
-constexpr int64_t kMinTokensToCut = 48;
 
 // Multiplications of one token with the weights of layer `layer`.
 int64_t LayerProducts(const ModelConfig& c, int64_t layer) {
@@ -36,7 +34,7 @@ cp::QueryCosts QueryCostsOf(const ModelConfig& config, int64_t pcp_min_tokens) {
   const auto pair = static_cast<double>(config.num_layers * config.num_heads * (config.head_dim + config.v_dim()));
   return {.per_token = 2 * products,
           .per_pair = 2 * pair,
-          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : kMinTokensToCut};
+          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : cp::MinTokensToCut({}, 2, 0, 2, true)};
 }
 
 }  // namespace weft

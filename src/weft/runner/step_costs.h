@@ -9,7 +9,7 @@
 namespace weft {
 
 // FLOP of a token in the linear layers, and of a pair of a query and a key in prefill attention, of all layers and of
-// all TP ranks together. `pcp_min_tokens`: --pcp-min-tokens, 0 for auto.
+// all TP ranks together. `pcp_min_tokens`: --pcp-min-tokens; 0 for auto, where the rates of the machine are not known.
 cp::QueryCosts QueryCostsOf(const ModelConfig& config, int64_t pcp_min_tokens);
 
 }  // namespace weft

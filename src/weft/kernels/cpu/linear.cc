@@ -489,7 +489,7 @@ void GemmPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel
 }
 
 // Rows of x that one thread keeps packed in its L2 at a time: half of it, the other half is for what streams through.
-int64_t RowsPerPiece() { return std::clamp<int64_t>(L2Bytes() / 2 / (kRowStride * 4), 8 * kTileRows, 512); }
+int64_t RowsPerPiece() { return std::clamp<int64_t>(L2Bytes() * 9 / 16 / (kRowStride * 4), 8 * kTileRows, 512); }
 
 // Rows beyond which panels are unpacked to f32 once rather than on the way. With 32 registers (and ports to spare for
 // the shifts) that never pays; a tile of 6 rows has 4 conversions for every 24 multiply-adds.

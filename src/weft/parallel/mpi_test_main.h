@@ -1,0 +1,49 @@
+#pragma once
+// The main() of tests that mpirun starts in several processes: all run the same tests together, and fail together.
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <span>
+
+#include "weft/parallel/processes.h"
+
+namespace weft::testing {
+
+// All processes of the test, from MpiTestMain on.
+inline std::shared_ptr<Processes> everybody;
+
+// What process 0 gives, the same in all.
+inline uint64_t CommonSeed(uint64_t mine) {
+  const auto all = everybody->AllGather(std::as_bytes(std::span(&mine, 1)));
+  uint64_t seed = 0;
+  std::memcpy(&seed, all[0].data(), sizeof(seed));
+  return seed;
+}
+
+inline int MpiTestMain(int argc, char** argv) {
+  everybody = Processes::Join();
+  if (everybody->size() < 2) {
+    std::fprintf(stderr, "to be run by mpirun with 2 processes at least\n");
+    return 1;
+  }
+  ::testing::InitGoogleTest(&argc, argv);
+  // One process speaks; the others say what failed.
+  if (everybody->rank() != 0) {
+    auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
+    delete listeners.Release(listeners.default_result_printer());
+  }
+  const int failed = RUN_ALL_TESTS();
+  const std::byte mine{static_cast<unsigned char>(failed != 0)};
+  bool any = false;
+  for (const auto& one : everybody->AllGather(std::span(&mine, 1))) any |= one[0] != std::byte{0};
+  if (failed != 0) std::fprintf(stderr, "process %d: tests failed\n", everybody->rank());
+  everybody.reset();
+  Processes::Finish();
+  return any ? 1 : 0;
+}
+
+}  // namespace weft::testing

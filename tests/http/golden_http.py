@@ -47,6 +47,19 @@ def relative(a, b):
     return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) / sum(y * y for y in b))
 
 
+def cached_prompt(server, tokens, expected):
+    """A prompt that was computed before is found in the prefix cache, says so, and is answered alike."""
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    status, answer = server.post("/v1/completions", {"prompt": tokens, "max_tokens": 4, "temperature": 0,
+                                                     "ignore_eos": True, "return_token_ids": True})
+    assert status == 200, answer
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    # All but the last token, which is always computed; the end of it by copies of at least two tokens (blocks of 16).
+    assert len(tokens) - 3 <= cached <= len(tokens) - 1, (len(tokens), answer["usage"])
+    assert server.metric("vllm:prefix_cache_hits_total") - hits == cached
+    assert not expected or answer["choices"][0]["token_ids"] == expected[:4], (answer, expected)
+
+
 def check(binary, model, dtype, flags, launcher=()):
     folder = data("models", model)
     expected = read_safetensors(folder + "/expected.safetensors")
@@ -100,6 +113,7 @@ def check(binary, model, dtype, flags, launcher=()):
                 assert got_token == want_token, (model, k, choice["token_ids"], want_greedy)
             usage = answer["usage"]
             assert usage["prompt_tokens"] == len(tokens) and usage["completion_tokens"] == len(want_greedy), usage
+        cached_prompt(server, tokens, dtype == "float32" and choice["token_ids"])
     errors.sort()
     median, worst = errors[len(errors) // 2], errors[-1]
     print(f"{model} {dtype} {' '.join(flags)}: {len(errors)} positions, median {median:.1e}, worst {worst:.1e}, "

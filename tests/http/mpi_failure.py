@@ -78,19 +78,19 @@ def wait_until(done, limit, what, server):
     return time.monotonic() - start
 
 
-def start(binary, mpirun, *flags):
+def start(binary, mpirun, *flags, processes=2):
     return Server(binary, data("models", "qwen3"), "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len",
                   "32768", "-pcp", "2", "--threads-per-rank", "1", "--step-timeout", str(STEP_TIMEOUT),
-                  *free_memory_flag(), *flags, launcher=mpirun_launcher(mpirun, 2))
+                  *free_memory_flag(), *flags, launcher=mpirun_launcher(mpirun, processes))
 
 
 def all_ended(server):
     return not server.alive() and server.process.poll() is not None
 
 
-def fails(binary, mpirun, name, hurt, limit, stream=True, told=True):
+def fails(binary, mpirun, name, hurt, limit, stream=True, told=True, flags=(), processes=2):
     """`hurt` harms the server. `told`: process 0 lives on for a while and says so."""
-    with start(binary, mpirun) as server:
+    with start(binary, mpirun, *flags, processes=processes) as server:
         running = Stream(server) if stream else None
         if not stream:
             time.sleep(1)
@@ -112,7 +112,6 @@ def fails(binary, mpirun, name, hurt, limit, stream=True, told=True):
         seconds.append(("all", time.monotonic() - begin))
         assert server.process.returncode != 0, f"{name}: exit status 0\n{server.text()}"
         print(f"{name}: " + ", ".join(f"{what} after {s:.1f} s" for what, s in seconds), flush=True)
-        server.process.returncode = 0  # the way out of the block asks for it
         server.process.returncode = 0  # the way out of the block asks for it
 
 
@@ -162,6 +161,11 @@ def main():
     cases = {
         "killed-streaming": lambda n: fails(binary, mpirun, n, send(1, signal.SIGKILL), KILLED_LIMIT, told=told),
         "killed-idle": lambda n: fails(binary, mpirun, n, send(1, signal.SIGKILL), KILLED_LIMIT, False, told),
+        # Two ranks in each of four processes, the last of which dies; and one process a replica.
+        "killed-of-four": lambda n: fails(binary, mpirun, n, send(3, signal.SIGKILL), KILLED_LIMIT, told=told,
+                                          flags=["-tp", "2", "-dp", "2"], processes=4),
+        "killed-replica": lambda n: fails(binary, mpirun, n, send(1, signal.SIGKILL), KILLED_LIMIT, told=told,
+                                          flags=["-dp", "2"]),
         "stuck-streaming": lambda n: fails(binary, mpirun, n, send(1, signal.SIGSTOP), STUCK_LIMIT),
         "stuck-idle": lambda n: fails(binary, mpirun, n, send(1, signal.SIGSTOP), STUCK_LIMIT, False),
         "killed-first": lambda n: fails(binary, mpirun, n, send(0, signal.SIGKILL), KILLED_LIMIT, told=False),

@@ -372,6 +372,103 @@ TEST_P(AttentionTest, NothingVisible) {
   }
 }
 
+// Rows h .. h + k of a request that is being verified (speculative decoding), its context spread over shards: each row
+// has its own count on each shard, local_len(p + 1, r), and some rows see nothing on some shards. Attended to shard by
+// shard and merged, they are as over all keys at once.
+TEST_P(AttentionTest, SpeculativeRowsMergedOverShards) {
+  constexpr int kHeads = 4;
+  constexpr int kDim = 32;
+  bool rows_without_keys = false;
+  bool counts_differ = false;  // local_len(G - k) is not local_len(G) - k
+  for (const int64_t h : {int64_t{0}, int64_t{3}, Int(8, 60), Int(100, 400)}) {
+    const int64_t interleave = OneOf<int64_t>({1, 8, 16});
+    const int64_t shards = OneOf<int64_t>({2, 4, 8});
+    const int64_t rows = Int(2, 6);
+    // Counted one by one; cp::KvLayout has the formula.
+    const auto local_len = [&](int64_t length, int64_t shard) {
+      int32_t n = 0;
+      for (int64_t x = 0; x < length; ++x) n += x / interleave % shards == shard;
+      return n;
+    };
+    Problem whole = MakeProblem(rows, kHeads, 2, kDim, kDim);
+    std::vector<Problem> problems;
+    for (int64_t shard = 0; shard < shards; ++shard) {
+      std::vector<int32_t> visible;
+      for (int64_t row = 0; row < rows; ++row) {
+        visible.push_back(local_len(h + row + 1, shard));
+        rows_without_keys |= visible.back() == 0;
+        counts_differ |= local_len(h + rows, shard) - (rows - 1 - row) != visible.back();
+      }
+      Problem part = MakeProblem(rows, kHeads, 2, kDim, kDim);
+      part.q_stride = whole.q_stride;
+      part.out_stride = whole.out_stride;
+      part.lse_stride = whole.lse_stride;
+      part.q = whole.q;
+      part.out = whole.out;
+      part.lse = whole.lse;
+      part.shards.push_back(MakeShard(part, visible, DType::kBF16, true, 16, 1.0f));
+      problems.push_back(std::move(part));
+    }
+    for (Problem& p : problems) {
+      std::vector<Problem> alone;
+      alone.push_back(std::move(p));
+      Run(alone, true);
+      p = std::move(alone[0]);
+    }
+    std::vector<const float*> outs, lses;
+    for (const Problem& p : problems) {
+      outs.push_back(p.out.data());
+      lses.push_back(p.lse.data());
+    }
+    table().merge({.out = outs,
+                   .lse = lses,
+                   .rows = rows,
+                   .heads = kHeads,
+                   .dim = kDim,
+                   .out_row_stride = whole.out_stride,
+                   .lse_row_stride = whole.lse_stride,
+                   .merged = whole.out.data(),
+                   .merged_row_stride = whole.out_stride,
+                   .merged_lse = nullptr},
+                  pool());
+    for (Problem& p : problems) whole.shards.push_back(std::move(p.shards[0]));
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int head = 0; head < kHeads; ++head) {
+        CheckRow(whole, row, head, false);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+  EXPECT_TRUE(rows_without_keys);
+  EXPECT_TRUE(counts_differ);
+}
+
+// A batch padded to the size of a captured graph: its last rows see nothing.
+TEST_P(AttentionTest, PaddingRowsSeeNothingAndChangeNothing) {
+  for (const int64_t rows : {int64_t{1}, Int(2, 9), Int(40, 90)}) {
+    const int64_t padding = Int(1, 20);
+    Problem real = MakeProblem(rows, 4, 2, 64, 64);
+    const std::vector<int32_t> visible = Causal(rows, rows + Int(0, 150));
+    real.shards.push_back(MakeShard(real, visible, DType::kBF16, true, 16, 1.0f));
+    // Rows of padding are tasks of their own: within a task the counts of keys never fall.
+    std::vector<Problem> problems;
+    problems.push_back(std::move(real));
+    for (int64_t i = 0; i < padding; ++i) {
+      problems.push_back(MakeProblem(1, 4, 2, 64, 64));
+      problems.back().shards.push_back(MakeShard(problems.back(), {0}, DType::kBF16, true, 16, 1.0f));
+    }
+    Run(problems, true);
+    for (const Problem& p : problems) {
+      for (int64_t row = 0; row < p.rows; ++row) {
+        for (int head = 0; head < 4; ++head) {
+          CheckRow(p, row, head, true);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(AttentionTest, ManyHeadsOfOneKvHead) {  // multi-query: one row alone fills several panels of columns
   std::vector<Problem> problems;
   problems.push_back(MakeProblem(Int(1, 3), 70, 1, 24, 16));
@@ -520,6 +617,7 @@ TEST_P(MergeTest, WeighsByExpOfLse) {
 class KvWriteTest : public KernelTest {};
 WEFT_FOR_ALL_BACKENDS(KvWriteTest);
 
+// Rows of other shards, and rows that pad a batch, have slot -1: nothing of them is stored.
 TEST_P(KvWriteTest, StoresOwnedRowsAndNothingElse) {
   for (int i = 0; i < 20; ++i) {
     const DType dtype = OneOf({DType::kBF16, DType::kF32});

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <numeric>
+#include <set>
 
 #include "weft/cp/test_random.h"
 #include "weft/kv/kv_manager.h"
@@ -119,6 +120,20 @@ TEST(PrefixCache, FindsTheLongestBeginningAndNothingElse) {
       RC_ASSERT(end == best);
     }
   }));
+}
+
+// Equal hashes cost comparisons: the hash has to follow the parent and every token, and their order.
+TEST(PrefixCache, TheHashFollowsTheParentAndEveryToken) {
+  const Tokens tokens = {5, 6, 7, 8};
+  std::set<uint64_t> hashes = {PrefixCache::DefaultHash(1, tokens), PrefixCache::DefaultHash(2, tokens)};
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    Tokens other = tokens;
+    other[i] = 9;
+    hashes.insert(PrefixCache::DefaultHash(1, other));
+  }
+  hashes.insert(PrefixCache::DefaultHash(1, Tokens{6, 5, 7, 8}));
+  hashes.insert(PrefixCache::DefaultHash(1, Tokens{5, 6, 7}));
+  EXPECT_EQ(hashes.size(), 2 + tokens.size() + 2);
 }
 
 TEST(PrefixCache, SaltsShareNothing) {

@@ -3,7 +3,7 @@
 for ranks that are threads, processes, and processes on two hosts; time per output token; KV tokens held; peak memory.
 
     context_parallel.py WEFT MODEL [--parts ttft,tpot,kv,memory] [--lengths 128,512,2048,8192] [--processes] [--hosts]
-                        [--mpirun MPIRUN]
+                        [--rate 1gbit] [--mpirun MPIRUN]
 
 MODEL may be a folder of random weights (weft-make-checkpoint). Every rank has one thread. --hosts needs root: the two
 hosts are network namespaces (scripts/two_hosts).
@@ -116,48 +116,82 @@ def launchers(args):
     if args.processes:
         found["PCP 2, processes"] = (mpi, ["-pcp", "2"])
     if args.hosts:
-        found["PCP 2, two hosts"] = ([os.path.join(ROOT, "scripts", "two_hosts"), "--mpirun", args.mpirun],
-                                     ["-pcp", "2"])
+        wire = ["--rate", args.rate] if args.rate else []
+        found[" ".join(["PCP 2, two hosts", *wire[1:]])] = (
+            [os.path.join(ROOT, "scripts", "two_hosts"), *wire, "--mpirun", args.mpirun], ["-pcp", "2"])
     return found
+
+
+def by_turns(args, starts, lengths, vocab, max_tokens, repeats):
+    """{(name, length): (TTFT, TPOT)}, medians, and {name: why it was refused}. The servers take turns, a round each: what
+    the machine does to one, it does to all, as nearly as can be; and no idle one looks for messages beside another."""
+    results, refused = {}, {}
+    for turn in range(max(map(repeats, lengths))):
+        for name, (launcher, flags) in starts.items():
+            if name in refused:
+                continue
+            try:
+                server = Server(launcher, args.weft, args.model, *flags)
+            except RuntimeError as error:
+                refused[name] = str(error).strip().splitlines()[-1][:90]
+                continue
+            with server:
+                for n in (64, min(512, max(lengths))):  # memory is touched for the first time
+                    server.time_request(prompt(n, vocab), 4)
+                for n in lengths:
+                    if turn < repeats(n):
+                        results.setdefault((name, n), []).append(server.time_request(prompt(n, vocab), max_tokens))
+    times = {key: tuple(statistics.median(r[i] for r in found) for i in range(2)) for key, found in results.items()}
+    return times, refused
+
+
+def kv_memory(model, tokens):
+    """--kv-cache-memory for one request of so many tokens, with some room for whole blocks."""
+    return ["--kv-cache-memory", str(kv_bytes(model) * (tokens + 4096))]
 
 
 def measure_ttft(args, vocab):
     kinds = launchers(args)
     longest = max(args.lengths) + 64
-    print("TTFT s (medians; each kind served by itself) and what PCP 2 gains")
-    times = {}
-    for kind, (launcher, flags) in kinds.items():
-        with Server(launcher, args.weft, args.model, "--max-model-len", str(longest), "--no-enable-prefix-caching",
-                    *flags) as server:
-            server.time_request(prompt(64, vocab), 4)
-            for n in args.lengths:
-                repeats = 5 if n <= 1024 else 3 if n <= 4096 else 1
-                results = [server.time_request(prompt(n, vocab), 8) for _ in range(repeats)]
-                times[kind, n] = tuple(statistics.median(r[i] for r in results) for i in range(2))
+    print("TTFT and TPOT (medians, by turns) and what PCP 2 gains")
+    common = ["--max-model-len", str(longest), "--no-enable-prefix-caching", *kv_memory(args.model, longest)]
+    times, _ = by_turns(args, {kind: (launcher, [*common, *flags]) for kind, (launcher, flags) in kinds.items()},
+                        args.lengths, vocab, 16, lambda n: args.repeats or (3 if n <= 4096 else 1))
     rows = []
     for n in args.lengths:
         base = times["1 rank", n]
         row = [str(n)]
         for kind in kinds:
             ttft, tpot = times[kind, n]
-            row.append(f"{ttft:.3f}" + (f" ({base[0] / ttft:.2f}x)" if kind != "1 rank" else "") + f", {1e3 * tpot:.1f} ms")
+            row.append(f"{ttft:.3f} s" + (f" ({base[0] / ttft:.2f}x)" if kind != "1 rank" else "") +
+                       f", {1e3 * tpot:.1f} ms")
         rows.append(row)
     table(["tokens", *(f"{kind}: TTFT, TPOT" for kind in kinds)], rows)
 
 
 def measure_tpot(args, vocab):
-    print("TPOT ms on the same cores, at two depths")
+    """TP 2 is one KV head for two ranks only where the model has one KV head or latents: there DCP has what to split."""
+    print("TPOT ms on the same cores, at two depths, and over that of the first layout of as many ranks")
+    layouts = {"1 rank, 2 threads": ["--threads-per-rank", "2"], "PCP 2": ["-pcp", "2"], "TP 2": ["-tp", "2"],
+               "TP 2, DCP 2": ["-tp", "2", "-dcp", "2"]}
+    base_of = {"PCP 2": "1 rank, 2 threads", "TP 2, DCP 2": "TP 2"}
+    depths = (512, 4096)
+    common = ["--max-model-len", "4400", *kv_memory(args.model, 4400)]
+    times, refused = by_turns(args, {name: ([], [*common, *flags]) for name, flags in layouts.items()}, depths, vocab, 48,
+                              lambda _: args.repeats or 3)
     rows = []
-    layouts = {"1 rank, 2 threads": ["--threads-per-rank", "2"], "TP 2": ["-tp", "2"],
-               "TP 2, DCP 2": ["-tp", "2", "-dcp", "2"], "PCP 2": ["-pcp", "2"]}
-    for name, flags in layouts.items():
-        try:
-            with Server([], args.weft, args.model, "--max-model-len", "4400", *flags) as server:
-                server.time_request(prompt(64, vocab), 4)
-                rows.append([name] + [f"{1e3 * server.time_request(prompt(n, vocab), 48)[1]:.1f}" for n in (512, 4096)])
-        except RuntimeError as error:
-            rows.append([name, str(error).strip().splitlines()[-1][:90], ""])
-    table(["layout", "512", "4096"], rows)
+    for name in layouts:
+        row = [name]
+        for n in depths:
+            if name in refused:
+                row.append(refused[name])
+                continue
+            tpot = times[name, n][1]
+            base = base_of.get(name)
+            over = f" ({100 * (tpot / times[base, n][1] - 1):+.0f} %)" if base is not None else ""
+            row.append(f"{1e3 * tpot:.1f}{over}")
+        rows.append(row)
+    table(["layout", *(str(n) for n in depths)], rows)
 
 
 def measure_kv(args, _):
@@ -217,6 +251,8 @@ def main():
     parser.add_argument("--memory-kv-bytes", type=int, default=6 << 30)
     parser.add_argument("--processes", action="store_true", help="also two processes under mpirun")
     parser.add_argument("--hosts", action="store_true", help="also two hosts")
+    parser.add_argument("--rate", help="of the wire between them, as tc has it: 1gbit")
+    parser.add_argument("--repeats", type=int, default=0, help="0: more for short prompts")
     parser.add_argument("--mpirun", default=os.path.join(ROOT, "build", "venv", "bin", "mpirun"))
     args = parser.parse_args()
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")

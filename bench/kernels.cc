@@ -30,6 +30,7 @@ struct Options {
   Clock clock = Clock::kWall;
   std::string shape;
   std::vector<int64_t> depths = {512, 4096, 16384};
+  int32_t block_tokens = 128;  // as --block-size
   std::vector<int64_t> rows = {1, 4, 16, 64, 512, 4096};
 };
 
@@ -217,10 +218,11 @@ void BenchMany(const KernelTable& table, ThreadPool& pool, const MachineLimits& 
 
 // A paged cache of one layer whose blocks lie in random order.
 struct Cache {
-  Cache(int64_t tokens, int kv_heads, int dim, DType dtype_in, bool with_values = true) : dtype(dtype_in) {
-    const int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-    const int64_t elements = blocks * kv_heads * kBlockTokens * dim;
-    stride = int64_t{kv_heads} * kBlockTokens * dim;
+  Cache(int32_t block_tokens_in, int64_t tokens, int kv_heads, int dim, DType dtype_in, bool with_values = true)
+      : block_tokens(block_tokens_in), dtype(dtype_in) {
+    const int64_t blocks = (tokens + block_tokens - 1) / block_tokens;
+    const int64_t elements = blocks * kv_heads * block_tokens * dim;
+    stride = int64_t{kv_heads} * block_tokens * dim;
     for (Buffer* buffer : {&k, &v}) {
       if (buffer == &v && !with_values) break;
       *buffer = Buffer(static_cast<size_t>(elements) * SizeOf(dtype));
@@ -240,15 +242,15 @@ struct Cache {
             .v = v.data(),
             .dtype = dtype,
             .block_table = table.data(),
-            .block_tokens = kBlockTokens,
+            .block_tokens = block_tokens,
             .k_block_stride = stride,
-            .k_head_stride = int64_t{kBlockTokens} * dim,
+            .k_head_stride = int64_t{block_tokens} * dim,
             .v_block_stride = stride,
-            .v_head_stride = int64_t{kBlockTokens} * dim,
+            .v_head_stride = int64_t{block_tokens} * dim,
             .visible = visible};
   }
 
-  static constexpr int32_t kBlockTokens = 16;
+  int32_t block_tokens;
   DType dtype;
   int64_t stride;
   Buffer k;
@@ -292,7 +294,7 @@ void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLim
     std::vector<float> lse(static_cast<size_t>(kRows * heads.q_heads));
     FillRandom(q.data(), static_cast<int64_t>(q.size()), 2.0f);
     for (const int64_t depth : options.depths) {
-      const Cache cache(depth, heads.kv_heads, heads.dim, DType::kBF16);
+      const Cache cache(options.block_tokens, depth, heads.kv_heads, heads.dim, DType::kBF16);
       std::vector<int32_t> visible(static_cast<size_t>(kRows));
       double keys = 0;
       for (size_t i = 0; i < visible.size(); ++i) {
@@ -311,13 +313,13 @@ void BenchAttention(const KernelTable& table, ThreadPool& pool, const MachineLim
     for (const int64_t depth : options.depths) {
       const int64_t bytes = 2 * depth * heads.kv_heads * heads.dim * 2;
       const int64_t copies = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
-      const Cache cache(depth * copies, heads.kv_heads, heads.dim, DType::kBF16);
+      const Cache cache(options.block_tokens, depth * copies, heads.kv_heads, heads.dim, DType::kBF16);
       const std::vector<int32_t> visible = {static_cast<int32_t>(depth)};
       int64_t next = 0;
       const Timing timing = Measure(
           [&] {
             KvPages pages = cache.Pages(visible.data(), heads.dim);
-            pages.block_table += next * (depth / Cache::kBlockTokens);
+            pages.block_table += next * (depth / options.block_tokens);
             next = (next + 1) % copies;
             const AttentionTask task = {
                 .q = q.data(), .out = out.data(), .lse = lse.data(), .rows = 1, .kv = {&pages, 1}};
@@ -359,7 +361,7 @@ void BenchMla(const KernelTable& table, ThreadPool& pool, const MachineLimits& l
       for (const int64_t depth : options.depths) {
         const int64_t bytes = depth * kLatent * static_cast<int64_t>(SizeOf(dtype));
         const int64_t copies = std::max<int64_t>(1, (int64_t{128} << 20) / bytes);
-        const Cache cache(depth * copies, 1, kLatent, dtype, false);
+        const Cache cache(options.block_tokens, depth * copies, 1, kLatent, dtype, false);
         const std::vector<int32_t> visible = {static_cast<int32_t>(depth)};
         int64_t next = 0;
         const Timing timing = Measure(
@@ -367,7 +369,7 @@ void BenchMla(const KernelTable& table, ThreadPool& pool, const MachineLimits& l
               KvPages pages = cache.Pages(visible.data(), kLatent);
               pages.v = pages.k;
               pages.v_row_stride = kLatent;
-              pages.block_table += next * (depth / Cache::kBlockTokens);
+              pages.block_table += next * (depth / options.block_tokens);
               next = (next + 1) % copies;
               const AttentionTask task = {
                   .q = q.data(), .out = out.data(), .lse = lse.data(), .rows = 1, .kv = {&pages, 1}};
@@ -531,7 +533,10 @@ int Main(int argc, char** argv) {
   app.add_option("--threads", options.threads, "threads, 0: one a CPU")->capture_default_str();
   app.add_option("--only", options.only, "linear, many, attention, mla or small; empty: all");
   app.add_option("--seconds", options.seconds, "least time of a measurement")->capture_default_str();
-  app.add_option("--depths", options.depths, "context lengths for attention");
+  app.add_option("--depths", options.depths, "context lengths for attention, multiples of --block-tokens");
+  app.add_option("--block-tokens", options.block_tokens, "tokens of a block of the cache")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   app.add_option("--rows", options.rows, "rows for linear");
   app.add_option("--shape", options.shape,
                  "linear: only the shape of this name; many, mla: cases whose name contains this");

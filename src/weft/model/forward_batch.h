@@ -28,6 +28,7 @@ struct ForwardBatch {
   int64_t rows = 0;
   int64_t gather_kv_rows = 0;
   int64_t most_rows = 0;           // of any rank that takes part in the step
+  bool router_margins = false;     // Transformer::router_margins are wanted
   std::vector<int32_t> token_ids;  // [rows]
   std::vector<int32_t> positions;  // [rows]
 

@@ -34,17 +34,17 @@ MoeExperts::MoeExperts(Options options) : o_(std::move(options)), c_(*o_.config)
   load_.assign(static_cast<size_t>(moe_.num_experts), 0);
 }
 
-void MoeExperts::Run(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool) {
+void MoeExperts::Run(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool, float* margins) {
   if (o_.world != nullptr) {
-    Exchange(layer, x, rows, out, pool);
+    Exchange(layer, x, rows, out, pool, margins);
     return;
   }
-  Route(layer, x, rows, pool);
+  Route(layer, x, rows, pool, margins);
   const Source source{.base = x, .numbers = {}, .pairs = pairs_, .out = out, .count = rows};
   RunExperts(layer, {&source, 1}, pool);
 }
 
-void MoeExperts::Route(int64_t layer, const float* x, int64_t rows, ThreadPool& pool) {
+void MoeExperts::Route(int64_t layer, const float* x, int64_t rows, ThreadPool& pool, float* margins) {
   const LayerWeights& w = o_.weights->layers[static_cast<size_t>(layer)];
   const int64_t n = moe_.num_experts;
   const int64_t top = moe_.experts_per_token;
@@ -63,6 +63,8 @@ void MoeExperts::Route(int64_t layer, const float* x, int64_t rows, ThreadPool& 
         const auto i = static_cast<size_t>(k);
         pairs_[static_cast<size_t>(row * top + k)] = {static_cast<int32_t>(row), experts[i], weights[i]};
       }
+      if (margins == nullptr) continue;
+      margins[row] = std::min(margins[row], ChoiceMargin(moe_, logits + row * n, bias, scratch.data()));
     }
   });
 }
@@ -151,7 +153,7 @@ void MoeExperts::RunExperts(int64_t layer, std::span<const Source> sources, Thre
   }
 }
 
-void MoeExperts::Exchange(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool) {
+void MoeExperts::Exchange(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool, float* margins) {
   Communicator& world = *o_.world;
   const auto members = static_cast<size_t>(world.size());
   const bool sends_rows = o_.stream || !world.shares_memory();
@@ -160,7 +162,7 @@ void MoeExperts::Exchange(int64_t layer, const float* x, int64_t rows, float* ou
   // The TP peers have the same rows: each sends a share of them.
   const Range share = SplitRange(rows, o_.tp->size(), o_.tp->rank());
   const float* own = x + share.begin * hidden;
-  Route(layer, own, share.size(), pool);
+  Route(layer, own, share.size(), pool, margins == nullptr ? nullptr : margins + share.begin);
 
   // By member: its pairs, with rows counted among those that go to it, and these rows.
   std::vector<std::vector<Pair>> pairs(members);

@@ -39,7 +39,9 @@ class MoeExperts {
 
   // out [rows, hidden] += this rank's part of the experts' output for the normed rows x [rows, hidden]; the parts of a
   // TP group add up to the whole. Collective over `world` with expert parallelism, also for a rank without rows.
-  void Run(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool);
+  // `margins` [rows], where not null, is lowered to each row's ChoiceMargin; with expert parallelism only for the share
+  // of the rows that this rank routes.
+  void Run(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool, float* margins = nullptr);
 
   // Rows that went through each expert [num_experts] of this rank since it was made, all layers together.
   std::span<const int64_t> load() const { return load_; }
@@ -64,10 +66,10 @@ class MoeExperts {
       return base + (numbers.empty() ? i : int64_t{numbers[static_cast<size_t>(i)]}) * hidden;
     }
   };
-  void Route(int64_t layer, const float* x, int64_t rows, ThreadPool& pool);
+  void Route(int64_t layer, const float* x, int64_t rows, ThreadPool& pool, float* margins);
   // out of each row += the weighted sum of what this rank's experts make of it.
   void RunExperts(int64_t layer, std::span<const Source> sources, ThreadPool& pool);
-  void Exchange(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool);
+  void Exchange(int64_t layer, const float* x, int64_t rows, float* out, ThreadPool& pool, float* margins);
 
   Options o_;
   const ModelConfig& c_;

@@ -14,4 +14,9 @@ namespace weft {
 void ChooseExperts(const MoeConfig& config, const float* logits, const float* bias, int32_t* experts, float* weights,
                    float* scratch);
 
+// How far the choice is from another one: the least distance between a score that was chosen (an expert's, or a
+// group's) and the best one that was not; infinity where there is nothing else to choose. Rounding of that size may
+// decide. The arguments are those of ChooseExperts.
+float ChoiceMargin(const MoeConfig& config, const float* logits, const float* bias, float* scratch);
+
 }  // namespace weft

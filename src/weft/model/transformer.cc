@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "weft/core/error.h"
 
@@ -84,6 +85,9 @@ void Transformer::Forward(const ForwardBatch& batch) {
   ReserveFloats(normed_, rows_ * hidden);
   ReserveFloats(qkv_, rows_ * qkv_dim_);
   ReserveFloats(attn_, rows_ * attn_dim_);
+
+  router_margins_.assign(batch.router_margins && c_.moe ? static_cast<size_t>(rows_) : 0,
+                         std::numeric_limits<float>::infinity());
 
   Embed(batch);
   attention_.Begin(batch, pool());
@@ -217,7 +221,8 @@ void Transformer::MoeMlp(int64_t layer, int64_t most_rows) {
     } else if (tp_.split() && rows > 0) {
       std::memset(to, 0, static_cast<size_t>(rows * hidden) * sizeof(float));
     }
-    moe_->Run(layer, normed_.as<float>() + at * hidden, rows, to, pool());
+    float* margins = router_margins_.empty() ? nullptr : router_margins_.data() + at;
+    moe_->Run(layer, normed_.as<float>() + at * hidden, rows, to, pool(), margins);
     if (tp_.split() && rows > 0) tp_.AddReduced(x, rows, pool());
   }
 }

@@ -64,6 +64,10 @@ class Transformer {
   // on all of it; complete on TP rank 0, whose `logits` alone is written (others may pass null).
   void Logits(std::span<const int64_t> rows, float* logits);
 
+  // [rows] of the last Forward, where its batch asked for it and there are experts, else empty: the least ChoiceMargin
+  // over the layers. With expert parallelism infinity for rows that another TP rank has routed.
+  std::span<const float> router_margins() const { return router_margins_; }
+
   // MoeExperts::load; empty without experts.
   std::span<const int64_t> expert_load() const { return moe_ ? moe_->load() : std::span<const int64_t>{}; }
 
@@ -103,6 +107,7 @@ class Transformer {
   bool solo_ = false;
   Buffer x_, normed_, qkv_, attn_, gate_up_, act_;
   Buffer logits_in_, logits_part_;
+  std::vector<float> router_margins_;  // [rows], or empty
 };
 
 }  // namespace weft

@@ -222,21 +222,25 @@ std::string MpiProcesses::Failure() {
 void MpiProcesses::Note(int code, int peer) {
   if (code == MPI_SUCCESS) return;
   const std::string who = fmt::format("process {} ({})", peer, hosts_[static_cast<size_t>(peer)]);
-  if (IsDeath(code)) dead_[static_cast<size_t>(peer)] = true;
+  if (IsDeath(code)) {
+    dead_[static_cast<size_t>(peer)] = true;
+    told_ = true;  // MPI tells everybody
+  }
   SetFailure(IsDeath(code) ? who + " has died" : fmt::format("{}: {}", who, ErrorText(code)));
 }
 
 void MpiProcesses::Fail(const std::string& why) {
-  {
-    const std::lock_guard lock(failure_mutex_);
-    if (failed_) return;  // whoever failed first has told everybody
-  }
   SetFailure(why);
+  if (told_.exchange(true)) return;
+  const std::string first = [&] {  // maybe another one: an error of MPI, which nobody else sees
+    const std::lock_guard lock(failure_mutex_);
+    return failure_;
+  }();
   std::vector<MPI_Request> requests;
   {
     const std::lock_guard lock(MpiLock());
     // Never freed: a peer that does not take it must not find other things in it.
-    auto* text = new std::string(why.substr(0, kNoticeBytes));
+    auto* text = new std::string(first.substr(0, kNoticeBytes));
     for (const Notice& notice : notices_) {
       MPI_Request request = MPI_REQUEST_NULL;
       if (MPI_Isend(text->data(), static_cast<int>(text->size()), MPI_CHAR, notice.peer, kNoticeTag, comm_, &request) ==
@@ -273,6 +277,7 @@ void MpiProcesses::PollLocked() {
     const Notice& notice = notices_[static_cast<size_t>(index)];
     int length = 0;
     MPI_Get_count(&status, MPI_CHAR, &length);
+    told_ = true;
     SetFailure(std::string(notice.text.data(), static_cast<size_t>(std::max(length, 0))));
   }
 }

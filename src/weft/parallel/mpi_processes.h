@@ -96,6 +96,7 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   std::vector<std::atomic<bool>> dead_;
 
   std::atomic<bool> failed_{false};
+  std::atomic<bool> told_{false};  // the others know it, or find out by themselves
   mutable std::mutex failure_mutex_;
   std::string failure_;
 

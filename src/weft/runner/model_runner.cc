@@ -22,6 +22,7 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const StepDeal& d
                                          int64_t most_rows) {
   RankBatch batch = MakeRankBatch(plan, deal, table, o_.parallel, o_.coord);
   batch.forward.most_rows = std::max(batch.forward.most_rows, most_rows);
+  batch.forward.router_margins = plan.capture_logits;
   CopyBlocks(plan);
   transformer_.Forward(batch.forward);
 
@@ -42,6 +43,9 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const StepDeal& d
         RowOutput& out = found[static_cast<size_t>(first + i)];
         out.handle = plan.requests[row.request].handle;
         const std::span<float> logits(logits_.as<float>() + i * vocab, static_cast<size_t>(vocab));
+        if (!transformer_.router_margins().empty()) {
+          out.router_margins.push_back(transformer_.router_margins()[static_cast<size_t>(row.row)]);
+        }
         LookAt(row, table.Get(out.handle), plan, logits, out);
       }
     });
@@ -123,6 +127,8 @@ StepOutput MergeOutputs(const StepPlan& plan, std::vector<std::vector<RowOutput>
       merged.logit_positions.insert(merged.logit_positions.end(), part->logit_positions.begin(),
                                     part->logit_positions.end());
       merged.logits.insert(merged.logits.end(), part->logits.begin(), part->logits.end());
+      merged.router_margins.insert(merged.router_margins.end(), part->router_margins.begin(),
+                                   part->router_margins.end());
     }
   }
   return output;

@@ -66,8 +66,10 @@ void serialize(Archive& archive, PositionLogprobs& position) {
 
 template <typename Archive>
 void serialize(Archive& archive, RowOutput& row) {
-  auto& [handle, token_id, logprobs, first_prompt_position, prompt_logprobs, logit_positions, logits, error] = row;
-  archive(handle, token_id, logprobs, first_prompt_position, prompt_logprobs, logit_positions, logits, error);
+  auto& [handle, token_id, logprobs, first_prompt_position, prompt_logprobs, logit_positions, logits, router_margins,
+         error] = row;
+  archive(handle, token_id, logprobs, first_prompt_position, prompt_logprobs, logit_positions, logits, router_margins,
+          error);
 }
 
 template <typename Archive>

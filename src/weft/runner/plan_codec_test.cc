@@ -56,8 +56,8 @@ bool operator==(const PositionLogprobs& a, const PositionLogprobs& b) {
 }
 bool operator==(const RowOutput& a, const RowOutput& b) {
   const auto members = [](const RowOutput& r) {
-    const auto& [m1, m2, m3, m4, m5, m6, m7, m8] = r;
-    return std::tie(m1, m2, m3, m4, m5, m6, m7, m8);
+    const auto& [m1, m2, m3, m4, m5, m6, m7, m8, m9] = r;
+    return std::tie(m1, m2, m3, m4, m5, m6, m7, m8, m9);
   };
   return members(a) == members(b);
 }
@@ -114,8 +114,8 @@ void Fill(RequestStep& s) {
 void Fill(TokenLogprob& l) { FillAll(l.token, l.logprob, l.rank); }
 void Fill(PositionLogprobs& p) { FillAll(p.chosen, p.top); }
 void Fill(RowOutput& r) {
-  auto& [m1, m2, m3, m4, m5, m6, m7, m8] = r;
-  FillAll(m1, m2, m3, m4, m5, m6, m7, m8);
+  auto& [m1, m2, m3, m4, m5, m6, m7, m8, m9] = r;
+  FillAll(m1, m2, m3, m4, m5, m6, m7, m8, m9);
 }
 
 void Fill(StepPlan& plan) {

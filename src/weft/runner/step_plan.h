@@ -71,6 +71,7 @@ struct RowOutput {
   // capture_logits: positions and their logits [positions, vocab].
   std::vector<int64_t> logit_positions;
   std::vector<float> logits;
+  std::vector<float> router_margins;  // [positions], Transformer::router_margins; empty without experts
   // This request alone failed (its numbers became NaN, say): it ends with an error, the others go on.
   std::optional<std::string> error;
 };

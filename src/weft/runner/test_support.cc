@@ -229,6 +229,7 @@ std::vector<DrivenResult> Drive(StepExecutor& executor, const cp::ParallelConfig
         WEFT_CHECK(row.logit_positions[p] == step.computed + static_cast<int64_t>(p));
         const auto begin = row.logits.begin() + static_cast<std::ptrdiff_t>(p * vocab);
         results[i].logits[row.logit_positions[p]].assign(begin, begin + static_cast<std::ptrdiff_t>(vocab));
+        if (!row.router_margins.empty()) results[i].router_margins[row.logit_positions[p]] = row.router_margins.at(p);
       }
       r.computed += step.tokens;
       WEFT_CHECK(row.token_id.has_value() == step.sample);

@@ -53,9 +53,21 @@ struct DriveOptions {
   double preempt = 0.0;  // chance of a request to lose its blocks before a step
 };
 
+// Experts whose scores are this close may change places with the order of sums, and the token's output with them: f32
+// scores of tokens whose logits agree within 1e-4 differ by some 1e-6.
+inline constexpr float kRouterTie = 3e-5f;
+
 struct DrivenResult {
   std::map<int64_t, std::vector<float>> logits;  // by position; the last computation of a position counts
-  std::vector<int32_t> sampled;                  // greedy, one per output position
+  std::map<int64_t, float> router_margins;       // by position, where the model has experts
+
+  // Whether the position's output may be another one as well. The experts of the small models are in their last layer,
+  // so that no other position changes with it.
+  bool IsRouterTie(int64_t position) const {
+    const auto margin = router_margins.find(position);
+    return margin != router_margins.end() && margin->second < kRouterTie;
+  }
+  std::vector<int32_t> sampled;  // greedy, one per output position
 };
 
 // Runs the requests to their end. Blocks are given out in random order and come back in random order.

@@ -23,7 +23,6 @@ struct ModelKind {
   std::string name;
   ModelConfig config;
   cp::ModelHeads heads;  // which layouts are legal
-  bool routed = false;   // a mixture of experts
 };
 // All kinds that the property is to hold for. A new one is added here and nowhere else.
 const std::vector<ModelKind>& ModelKinds();

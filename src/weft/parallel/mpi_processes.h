@@ -86,6 +86,10 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   void SetFailure(std::string why);
   void PollLocked();
   void Carry();
+  // A thread other than the carrier is about to look into MPI.
+  void SayBusy() {
+    if (!busy_.load(std::memory_order_relaxed)) busy_.store(true, std::memory_order_relaxed);
+  }
 
   MPI_Comm comm_;
   int rank_ = 0;
@@ -112,7 +116,8 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   std::vector<Notice> notices_;
   std::vector<MPI_Request> notice_requests_;  // by notice; under the library's lock
 
-  std::mutex carry_mutex_;  // guards what follows
+  std::atomic<bool> busy_{false};  // SayBusy; taken back by the carrier
+  std::mutex carry_mutex_;         // guards what follows
   std::condition_variable carry_wake_;
   int carried_ = 0;
   bool stopping_ = false;

@@ -59,6 +59,7 @@ TEST_P(MpiLayouts, GiveWhatOneRankGives) {
   for (cp::ParallelConfig layout : testing::LegalLayouts(GetParam(), 8)) {
     // Pairs of processes, one rank each or several.
     if (layout.WorldSize() % everybody->size() != 0) continue;
+    if (testing::kSanitized && rng() % 3 != 0) continue;
     const Choices choices{one_of(ContextExchange::kAuto, ContextExchange::kGatherQ, ContextExchange::kGatherKv),
                           one_of(int64_t{1}, int64_t{10}, int64_t{100}), one_of(int64_t{0}, int64_t{8}, int64_t{200}),
                           one_of(false, true), one_of(int64_t{1}, int64_t{7}, int64_t{50}, int64_t{8192})};
@@ -75,7 +76,7 @@ TEST_P(MpiLayouts, GiveWhatOneRankGives) {
     const std::byte failed{static_cast<unsigned char>(HasFailure())};
     if (everybody->AllGather(std::span(&failed, 1))[0][0] != std::byte{0}) return;
   }
-  EXPECT_GT(tried, 8);
+  EXPECT_GT(tried, testing::kSanitized ? 0 : 8);
 }
 
 // Replicas, each with traffic of its own from its own thread, the last one with none.

@@ -19,6 +19,13 @@ namespace weft::testing {
 // A seed that differs from run to run, printed so that a failure can be made again: WEFT_TEST_SEED=n sets it.
 uint64_t FreshSeed();
 
+// Sanitizers find the same in a sample, and take ten times as long.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 // Every element is a function of (seed, tensor, index).
 std::shared_ptr<const Checkpoint> RandomCheckpoint(const ModelConfig& config, uint64_t seed);
 

@@ -74,7 +74,7 @@ std::vector<bool> ChooseGatherQ(std::span<const ExchangeItem> items, const Atten
 //   threads of all: as fast, and it reads the weights once, not once a rank. Then each rank of a cut prompt is to have
 //   4 m0 rows, so that reading is hidden behind arithmetic (docs/performance.md has the measurement). Otherwise an
 //   uncut prompt has the threads of one rank alone: 2 m0 rows are enough, where the time saved outweighs the exchanges
-//   of a layer of `flop_per_token` (two of them, of latency_s each).
+//   of a layer of `layer_flop_per_token` (two of them, of latency_s each).
 // At least 2 tokens; 48 where no rates are known.
 int64_t MinTokensToCut(const MachineRates& rates, double bytes_per_weight, double layer_flop_per_token,
                        int32_t pcp_ranks, bool solo);

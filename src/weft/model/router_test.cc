@@ -9,8 +9,6 @@
 #include <set>
 #include <vector>
 
-#include "weft/core/error.h"
-
 namespace weft {
 namespace {
 

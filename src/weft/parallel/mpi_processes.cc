@@ -234,10 +234,7 @@ void MpiProcesses::Note(int code, int peer) {
 void MpiProcesses::Fail(const std::string& why) {
   SetFailure(why);
   if (told_.exchange(true)) return;
-  const std::string first = [&] {  // maybe another one: an error of MPI, which nobody else sees
-    const std::lock_guard lock(failure_mutex_);
-    return failure_;
-  }();
+  const std::string first = Failure();  // maybe another one: an error of MPI, which nobody else sees
   std::vector<MPI_Request> requests;
   {
     const std::lock_guard lock(MpiLock());

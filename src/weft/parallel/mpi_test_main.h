@@ -27,7 +27,7 @@ inline uint64_t CommonSeed(uint64_t mine) {
 
 inline int MpiTestMain(int argc, char** argv) {
   // A failure is to be seen among what is printed, not hundreds of warnings that mpirun was started without ULFM.
-  spdlog::set_level(spdlog::level::err);
+  InitLogging("error");
   everybody = Processes::Join();
   if (everybody->size() < 2) {
     std::fprintf(stderr, "to be run by mpirun with 2 processes at least\n");

@@ -43,9 +43,6 @@ std::vector<RowOutput> ModelRunner::Step(const StepPlan& plan, const StepDeal& d
         RowOutput& out = found[static_cast<size_t>(first + i)];
         out.handle = plan.requests[row.request].handle;
         const std::span<float> logits(logits_.as<float>() + i * vocab, static_cast<size_t>(vocab));
-        if (!transformer_.router_margins().empty()) {
-          out.router_margins.push_back(transformer_.router_margins()[static_cast<size_t>(row.row)]);
-        }
         LookAt(row, table.Get(out.handle), plan, logits, out);
       }
     });
@@ -70,6 +67,8 @@ void ModelRunner::LookAt(const LogitsRow& row, const RequestState& state, const 
   if (plan.capture_logits) {
     out.logit_positions.push_back(row.position);
     out.logits.assign(logits.begin(), logits.end());
+    const std::span<const float> margins = transformer_.router_margins();
+    if (!margins.empty()) out.router_margins.push_back(margins[static_cast<size_t>(row.row)]);
   }
   if (!std::isfinite(kernels.log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())))) {
     out.error = fmt::format("the model's output at position {} is not a number", row.position);

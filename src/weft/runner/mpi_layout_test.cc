@@ -10,7 +10,6 @@
 #include <optional>
 #include <thread>
 
-#include "weft/core/log.h"
 #include "weft/parallel/mpi_test_main.h"
 #include "weft/runner/layout_oracle.h"
 #include "weft/runner/mpi_executor.h"
@@ -188,7 +187,4 @@ TEST(MpiExecutor, TheReasonOfAFailureReachesProcessZero) {
 }  // namespace
 }  // namespace weft
 
-int main(int argc, char** argv) {
-  weft::InitLogging("warning");
-  return weft::testing::MpiTestMain(argc, argv);
-}
+int main(int argc, char** argv) { return weft::testing::MpiTestMain(argc, argv); }

@@ -67,6 +67,7 @@ inline constexpr float kRouterTie = 3e-5f;
 struct DrivenResult {
   std::map<int64_t, std::vector<float>> logits;  // by position; the last computation of a position counts
   std::map<int64_t, float> router_margins;       // by position, where the model has experts
+  std::vector<int32_t> sampled;                  // greedy, one per output position
 
   // Whether the position's output may be another one as well. The experts of the small models are in their last layer,
   // so that no other position changes with it.
@@ -74,7 +75,6 @@ struct DrivenResult {
     const auto margin = router_margins.find(position);
     return margin != router_margins.end() && margin->second < kRouterTie;
   }
-  std::vector<int32_t> sampled;  // greedy, one per output position
 };
 
 // Runs the requests to their end. Blocks are given out in random order and come back in random order.

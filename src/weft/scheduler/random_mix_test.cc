@@ -408,11 +408,7 @@ class RandomMix : public ::testing::TestWithParam<size_t> {};
 
 // rapidcheck reads its options from RC_PARAMS: "max_success=5000" for so many mixes, "reproduce=..." (it prints which)
 // for the one that failed.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr char kDefaultParams[] = "max_success=8";
-#else
-constexpr char kDefaultParams[] = "max_success=60";
-#endif
+constexpr const char* kDefaultParams = kSanitized ? "max_success=8" : "max_success=60";
 
 TEST_P(RandomMix, EachRequestIsAsAloneOnOneRank) {
   InitLogging("warning");
@@ -444,7 +440,7 @@ TEST_P(RandomMix, EachRequestIsAsAloneOnOneRank) {
       static_cast<long long>(counts.preemptions), static_cast<long long>(counts.recomputed),
       static_cast<long long>(counts.prefix_hits), static_cast<long long>(counts.copied),
       static_cast<long long>(counts.aborts), static_cast<long long>(counts.aborts_in_execution));
-  // Of rows one in 100000 or so: scores of the order of 1, errors of 1e-6.
+  // Of rows one in a million or so: scores of the order of 1, errors of 1e-7 to 1e-6.
   EXPECT_LE(counts.router_ties, 1 + counts.compared_logits / 200000);
   EXPECT_GT(counts.compared_logits, 0);
   if (counts.router_ties > 0) std::printf("%lld near ties of experts\n", static_cast<long long>(counts.router_ties));

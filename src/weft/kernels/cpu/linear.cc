@@ -488,7 +488,7 @@ void GemmPiece(const LinearArgs& args, int64_t row0, int64_t row1, int64_t panel
   }
 }
 
-// Rows of x that one thread keeps packed in its L2 at a time: half of it, the other half is for what streams through.
+// Rows of x that one thread keeps packed in its L2 at a time: 9/16 of it, the rest is for what streams through.
 int64_t RowsPerPiece() { return std::clamp<int64_t>(L2Bytes() * 9 / 16 / (kRowStride * 4), 8 * kTileRows, 512); }
 
 // Rows beyond which panels are unpacked to f32 once rather than on the way. With 32 registers (and ports to spare for

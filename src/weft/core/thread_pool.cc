@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "weft/core/error.h"
-#include "weft/core/spin.h"
+#include "weft/core/wait.h"
 
 namespace weft {
 namespace {
@@ -16,14 +16,6 @@ constexpr int kSpins = 2000;
 constexpr int kYields = 50;
 
 }  // namespace
-
-void SpinThenYield(FunctionRef<bool()> done) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (done()) return;
-    CpuRelax();
-  }
-  while (!done()) sched_yield();
-}
 
 void AllowThisThread(const std::vector<int>& cpus) {
   cpu_set_t set;
@@ -66,17 +58,11 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::Work(int thread, int cpu) {
   if (cpu >= 0) PinThisThread(cpu);
+  TakeShortTurns();
   uint32_t seen = 0;
   while (true) {
     uint32_t now = shared_->generation.load(std::memory_order_acquire);
-    for (int i = 0; now == seen && i < kSpins; ++i) {
-      CpuRelax();
-      now = shared_->generation.load(std::memory_order_acquire);
-    }
-    for (int i = 0; now == seen && i < kYields; ++i) {
-      sched_yield();
-      now = shared_->generation.load(std::memory_order_acquire);
-    }
+    SpinBriefly(kSpins, kYields, [&] { return (now = shared_->generation.load(std::memory_order_acquire)) != seen; });
     while (now == seen) {
       shared_->generation.wait(seen, std::memory_order_acquire);
       now = shared_->generation.load(std::memory_order_acquire);
@@ -98,7 +84,8 @@ void ThreadPool::RunOnAll(FunctionRef<void(int)> fn) {
   shared_->generation.fetch_add(1, std::memory_order_release);
   shared_->generation.notify_all();
   fn(0);
-  SpinThenYield([this] { return shared_->running.load(std::memory_order_acquire) == 0; });
+  Backoff backoff(kSpins);
+  while (shared_->running.load(std::memory_order_acquire) != 0) backoff.Pause();
 }
 
 void ThreadPool::ParallelFor(int64_t n, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> fn) {

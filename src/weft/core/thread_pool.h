@@ -45,9 +45,6 @@ class ThreadPool {
   std::vector<int> caller_cpus_;  // what the caller was allowed before it was pinned
 };
 
-// Waits until `done()` is true: spins a little, then yields, so that it also works with more threads than cores.
-void SpinThenYield(FunctionRef<bool()> done);
-
 // Pins the calling thread; does nothing where the CPU does not exist for this process.
 void PinThisThread(int cpu);
 

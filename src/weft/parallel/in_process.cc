@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "weft/core/error.h"
-#include "weft/core/spin.h"
 #include "weft/core/thread_pool.h"
+#include "weft/core/wait.h"
 #include "weft/parallel/communicator.h"
 
 namespace weft {
@@ -106,8 +106,11 @@ class InProcess final : public Communicator {
   const std::vector<Slot>& AwaitAll() {
     const std::vector<Slot>& slots = shared_->slots[epoch_ % 2];
     for (const Slot& slot : slots) {
-      const auto arrived = [&] { return slot.epoch.load(std::memory_order_acquire) == epoch_; };
-      while (!SpinBriefly(shared_->spins, 1, arrived)) ThrowIfAborted();
+      Backoff backoff(shared_->spins);
+      while (slot.epoch.load(std::memory_order_acquire) != epoch_) {
+        ThrowIfAborted();
+        backoff.Pause();
+      }
     }
     return slots;
   }

@@ -232,9 +232,12 @@ void MpiProcesses::Note(int code, int peer) {
 }
 
 void MpiProcesses::Fail(const std::string& why) {
-  SetFailure(why);
-  if (told_.exchange(true)) return;
-  const std::string first = Failure();  // maybe another one: an error of MPI, which nobody else sees
+  if (told_.exchange(true)) {  // or somebody is about to tell, or has been told
+    Backoff backoff(0);
+    while (!failed_.load(std::memory_order_acquire)) backoff.Pause();
+    return;
+  }
+  const std::string first = failed_ ? Failure() : why;  // an error of MPI, which nobody else sees, may come before it
   std::vector<MPI_Request> requests;
   {
     const std::lock_guard lock(MpiLock());
@@ -248,18 +251,22 @@ void MpiProcesses::Fail(const std::string& why) {
       }
     }
   }
-  // Out of the door before anything else is done, exiting above all; the dead and the stuck get some moments only.
+  // Out of the door before anything else is done, exiting above all; the dead and the stuck get some moments only. The
+  // other threads wait on till then: what they receive, and this moves on, must not come after their memory has gone.
   const auto until = Clock::now() + std::chrono::milliseconds(500);
+  Backoff backoff(0);
   while (!requests.empty() && Clock::now() < until) {
     {
       const std::lock_guard lock(MpiLock());
+      if (failed_) break;
       std::erase_if(requests, [](MPI_Request& request) {
         int done = 0;
         return MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || done != 0;
       });
     }
-    sched_yield();
+    backoff.Pause();
   }
+  SetFailure(why);
 }
 
 void MpiProcesses::PollLocked() {
@@ -411,7 +418,8 @@ std::vector<std::byte> MpiProcesses::Receive(int from, FunctionRef<void()> idle)
       PostReceive(from, kMessageTag, bytes, requests);
       Await(arrived, who);
     }
-  } catch (...) {
+  } catch (const std::exception& e) {
+    Fail(e.what());  // while there is memory for what may still come
     Abandon(requests);
     throw;
   }

@@ -10,7 +10,7 @@
 #include <thread>
 
 #include "weft/core/error.h"
-#include "weft/core/spin.h"
+#include "weft/core/wait.h"
 #include "weft/parallel/processes.h"
 
 namespace weft {
@@ -56,16 +56,15 @@ class MpiProcesses final : public Processes, public std::enable_shared_from_this
   // whom, in the message.
   template <typename Done, typename WaitsFor>
   void Await(Done done, WaitsFor waits_for) {
+    // A look into MPI takes a good part of a microsecond, so these are some 20 us.
+    Backoff backoff(oversubscribed_ ? 0 : 40);
     for (uint32_t i = 0; !done(); ++i) {
       ThrowIfFailed();
-      if (i % 16 == 15) Poll();
-      if (i % 1024 == 1023) ThrowIfLate(waits_for);
-      // A look into MPI takes a good part of a microsecond, so this is some 20 us.
-      if (i < 40 && !oversubscribed_) {
-        CpuRelax();
-      } else {
-        sched_yield();
+      if (i % 16 == 15 || backoff.sleeps()) {
+        Poll();
+        ThrowIfLate(waits_for);
       }
+      backoff.Pause();
     }
   }
 

@@ -34,6 +34,8 @@ inline int MpiTestMain(int argc, char** argv) {
     return 1;
   }
   ::testing::InitGoogleTest(&argc, argv);
+  // What leaves a test by an exception leaves messages under way, and the memory they go to is no more: the end.
+  GTEST_FLAG_SET(catch_exceptions, false);
   // One process speaks; the others say what failed.
   if (everybody->rank() != 0) {
     auto& listeners = ::testing::UnitTest::GetInstance()->listeners();

@@ -66,7 +66,7 @@ class Processes {
   // A message to another process; returns when `bytes` may be written to again.
   virtual void Send(int to, std::span<const std::byte> bytes) = 0;
   // The next message of `from`. `idle` is called over and over while there is none; to wait for long without taking a
-  // core it sleeps. It may throw.
+  // core it sleeps. When it throws, the processes have failed, for its reason.
   virtual std::vector<std::byte> Receive(int from, FunctionRef<void()> idle) = 0;
   std::vector<std::byte> Receive(int from) {
     return Receive(from, [] {});

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "weft/core/error.h"
-#include "weft/core/spin.h"
 #include "weft/core/thread_pool.h"
+#include "weft/core/wait.h"
 
 namespace weft {
 namespace {
@@ -50,6 +50,7 @@ RankThreads::~RankThreads() {
 }
 
 void RankThreads::Work(int rank) {
+  TakeShortTurns();
   uint32_t seen = 0;
   while (true) {
     seen = WaitWhile(shared_.generation, seen, spins_);

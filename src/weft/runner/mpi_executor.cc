@@ -276,11 +276,10 @@ void FollowSteps(const ExecutorOptions& options, std::shared_ptr<const Checkpoin
       const auto since = Clock::now();
       const auto limit = std::chrono::duration<double>(options.step_timeout_s) + 2 * kPingInterval;
       const std::vector<std::byte> message = processes->Receive(0, [&] {
-        // Between two steps of a busy instance it takes some hundred microseconds; in an idle one nobody is in a hurry.
+        // In an idle instance nobody is in a hurry.
         const auto now = Clock::now();
-        if (now - last_step < std::chrono::milliseconds(5)) return;
-        std::this_thread::sleep_for(now - last_step < std::chrono::seconds(1) ? std::chrono::microseconds(100)
-                                                                              : std::chrono::microseconds(2000));
+        if (now - last_step < std::chrono::seconds(1)) return;
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
         const auto waited = now - since;
         if (waited > limit) {
           throw Error(fmt::format("process {} has not heard from process 0 for {:.0f} s", processes->rank(),

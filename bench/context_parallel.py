@@ -112,7 +112,7 @@ def table(head, rows):
 def launchers(args):
     """name -> (launcher, flags) with two PCP ranks of one thread each; and one rank to compare with."""
     found = {"1 rank": ([], []), "PCP 2, threads": ([], ["-pcp", "2"])}
-    mpi = [args.mpirun, "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "-n", "2"]
+    mpi = [args.mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     if args.processes:
         found["PCP 2, processes"] = (mpi, ["-pcp", "2"])
     if args.hosts:

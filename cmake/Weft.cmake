@@ -82,7 +82,7 @@ function(weft_mpi_test_properties test)
   else()
     set(timeout 300)
   endif()
-  set(environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1)
+  set(environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
   if(WEFT_SANITIZE)
     # What MPI keeps to the end is not ours to free.
     list(APPEND environment ASAN_OPTIONS=detect_leaks=0)

@@ -52,6 +52,10 @@ void StartMpi() {
   int started = 0;
   MPI_Initialized(&started);
   if (started != 0) return;
+  // Open MPI would yield the core inside each look that finds nothing, with the library's lock held (by itself where
+  // there are more processes than cores). Those who wait know better when: see Await.
+  setenv("OMPI_MCA_mpi_yield_when_idle", "0", 0);
+  TakeShortTurns();  // what waits inside MPI, where processes meet, only spins
   int level = MPI_THREAD_SINGLE;
   if (const int code = MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level); code != MPI_SUCCESS) {
     throw Error("MPI cannot start: " + ErrorText(code), ErrorKind::kInternal);

@@ -120,10 +120,9 @@ std::vector<bool> ChooseGatherQ(std::span<const ExchangeItem> items, const Atten
 
 int64_t MinTokensToCut(const MachineRates& rates, double bytes_per_weight, double layer_flop_per_token,
                        int32_t pcp_ranks, bool solo) {
-  constexpr int64_t kUnknown = 48;
   // Rates are measured on a machine that may be busy: whatever they are, it stays within reason.
   constexpr double kMost = 192;
-  if (rates.flop_per_s <= 0 || rates.read_bytes_per_s <= 0) return kUnknown;
+  if (rates.flop_per_s <= 0 || rates.read_bytes_per_s <= 0) return kMinTokensToCut;
   const double balanced = bytes_per_weight / 2 * rates.flop_per_s / rates.read_bytes_per_s;
   double tokens = 2 * balanced;
   if (solo) {

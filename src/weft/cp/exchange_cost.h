@@ -68,6 +68,9 @@ double GatherQSeconds(const ExchangeItem& item, const AttentionShape& shape, con
 std::vector<bool> ChooseGatherQ(std::span<const ExchangeItem> items, const AttentionShape& shape,
                                 const ExchangeGroup& group, const MachineRates& rates);
 
+// What MinTokensToCut gives while no rates are known.
+inline constexpr int64_t kMinTokensToCut = 48;
+
 // From how many new tokens on a prompt gains by being cut over `pcp_ranks` ranks (--pcp-min-tokens auto).
 //   A matrix product of m rows takes the time to read its weights up to m0 = bytes_per_weight / 2 * flop / read rows,
 //   and m times as long as a row's multiplications beyond. `solo`: a step that is not cut is run by one rank with the
@@ -75,7 +78,7 @@ std::vector<bool> ChooseGatherQ(std::span<const ExchangeItem> items, const Atten
 //   4 m0 rows, so that reading is hidden behind arithmetic (docs/performance.md has the measurement). Otherwise an
 //   uncut prompt has the threads of one rank alone: 2 m0 rows are enough, where the time saved outweighs the exchanges
 //   of a layer of `layer_flop_per_token` (two of them, of latency_s each).
-// At least 2 tokens; 48 where no rates are known.
+// At least 2 tokens; kMinTokensToCut where no rates are known.
 int64_t MinTokensToCut(const MachineRates& rates, double bytes_per_weight, double layer_flop_per_token,
                        int32_t pcp_ranks, bool solo);
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -25,6 +26,12 @@ inline uint64_t CommonSeed(uint64_t mine) {
   return seed;
 }
 
+// Whether it holds in any of them.
+inline bool AnyProcess(bool mine) {
+  const auto all = everybody->AllGather(std::as_bytes(std::span(&mine, 1)));
+  return std::ranges::any_of(all, [](const auto& one) { return one[0] != std::byte{0}; });
+}
+
 inline int MpiTestMain(int argc, char** argv) {
   // A failure is to be seen among what is printed, not hundreds of warnings that mpirun was started without ULFM.
   InitLogging("error");
@@ -41,11 +48,9 @@ inline int MpiTestMain(int argc, char** argv) {
     auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
     delete listeners.Release(listeners.default_result_printer());
   }
-  const int failed = RUN_ALL_TESTS();
-  const std::byte mine{static_cast<unsigned char>(failed != 0)};
-  bool any = false;
-  for (const auto& one : everybody->AllGather(std::span(&mine, 1))) any |= one[0] != std::byte{0};
-  if (failed != 0) std::fprintf(stderr, "process %d: tests failed\n", everybody->rank());
+  const bool failed = RUN_ALL_TESTS() != 0;
+  const bool any = AnyProcess(failed);
+  if (failed) std::fprintf(stderr, "process %d: tests failed\n", everybody->rank());
   everybody.reset();
   Processes::Finish();
   return any ? 1 : 0;

@@ -34,7 +34,7 @@ cp::QueryCosts QueryCostsOf(const ModelConfig& config, int64_t pcp_min_tokens) {
   const auto pair = static_cast<double>(config.num_layers * config.num_heads * (config.head_dim + config.v_dim()));
   return {.per_token = 2 * products,
           .per_pair = 2 * pair,
-          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : cp::MinTokensToCut({}, 2, 0, 2, true)};
+          .min_tokens_to_cut = pcp_min_tokens > 0 ? pcp_min_tokens : cp::kMinTokensToCut};
 }
 
 }  // namespace weft

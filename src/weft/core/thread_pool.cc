@@ -8,15 +8,6 @@
 #include "weft/core/wait.h"
 
 namespace weft {
-namespace {
-
-// About 20 us of pauses: longer than the gap between two kernels of a layer, shorter than a scheduler's time slice.
-constexpr int kSpins = 2000;
-// Then yields for a while before it sleeps, so that threads that share a core let each other go on.
-constexpr int kYields = 50;
-
-}  // namespace
-
 void AllowThisThread(const std::vector<int>& cpus) {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -61,13 +52,7 @@ void ThreadPool::Work(int thread, int cpu) {
   TakeShortTurns();
   uint32_t seen = 0;
   while (true) {
-    uint32_t now = shared_->generation.load(std::memory_order_acquire);
-    SpinBriefly(kSpins, kYields, [&] { return (now = shared_->generation.load(std::memory_order_acquire)) != seen; });
-    while (now == seen) {
-      shared_->generation.wait(seen, std::memory_order_acquire);
-      now = shared_->generation.load(std::memory_order_acquire);
-    }
-    seen = now;
+    seen = WaitWhile(shared_->generation, seen, kSpins);
     if (shared_->stop.load(std::memory_order_relaxed)) return;
     (*shared_->task)(thread);
     shared_->running.fetch_sub(1, std::memory_order_release);

@@ -3,9 +3,14 @@
 
 #include <sched.h>
 
+#include <atomic>
 #include <chrono>
 
 namespace weft {
+
+// About 20 us of CpuRelax(): longer than the gap between two kernels of a layer, what the engine does between two
+// steps, and what ranks with the same work to do are apart; shorter than a scheduler's time slice.
+inline constexpr int kSpins = 2000;
 
 // Tells the core that this is a wait loop.
 inline void CpuRelax() {
@@ -29,6 +34,16 @@ bool SpinBriefly(int spins, int yields, Done done) {
     sched_yield();
   }
   return done();
+}
+
+// Waits until `value` is no longer `old` and returns what it is then. For a value whose writer calls notify_all: the
+// thread sleeps after `spins` pauses and some yields, by which threads that share a core let each other go on.
+template <typename T>
+T WaitWhile(const std::atomic<T>& value, T old, int spins) {
+  SpinBriefly(spins, 50, [&] { return value.load(std::memory_order_acquire) != old; });
+  T now;
+  while ((now = value.load(std::memory_order_acquire)) == old) value.wait(old, std::memory_order_acquire);
+  return now;
 }
 
 // Asks for the calling thread to be scheduled in turns of 0.1 ms (a slice of its own: Linux 6.12 and later; nothing

@@ -20,6 +20,13 @@ uint64_t TimeSlice() {
   return attr[3];
 }
 
+// How often the calling thread has gone to sleep.
+int64_t Sleeps() {
+  rusage usage{};
+  getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_nvcsw;
+}
+
 TEST(SpinBriefly, EndsWhenItHoldsAndWhenItDoesNot) {
   int looks = 0;
   EXPECT_TRUE(SpinBriefly(10, 10, [&] { return ++looks == 5; }));
@@ -44,15 +51,9 @@ TEST(Backoff, SleepsInTheEnd) {
     }
     const auto began = std::chrono::steady_clock::now();
     while (!backoff.sleeps()) backoff.Pause();
-    const int64_t before = [] {
-      rusage usage{};
-      getrusage(RUSAGE_THREAD, &usage);
-      return usage.ru_nvcsw;
-    }();
+    const int64_t before = Sleeps();
     for (int i = 0; i < 10; ++i) backoff.Pause();
-    rusage usage{};
-    getrusage(RUSAGE_THREAD, &usage);
-    EXPECT_GE(usage.ru_nvcsw - before, 10) << "a pause did not sleep";
+    EXPECT_GE(Sleeps() - before, 10) << "a pause did not sleep";
     EXPECT_GE(std::chrono::steady_clock::now() - began, std::chrono::microseconds(200 + 10 * 20));
   }).join();
 }

@@ -1,6 +1,5 @@
 #include <array>
 #include <atomic>
-#include <limits>
 #include <utility>
 
 #include "weft/core/error.h"
@@ -11,9 +10,7 @@
 namespace weft {
 namespace {
 
-// About 20 us: the skew between ranks that have the same work to do. With more ranks than cores the one waited for may
-// need this very core, so it is given up after a look or two.
-constexpr int kSpins = 2000;
+// With more ranks than cores the one waited for may need this very core, so it is given up after a look or two.
 constexpr int kSpinsOversubscribed = 20;
 
 // What a member says in one collective: "I am in number `epoch`, and here is my data". One cache line, so that a peer

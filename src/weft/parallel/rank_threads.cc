@@ -11,19 +11,6 @@
 namespace weft {
 namespace {
 
-// About 20 us of pauses, then yields: longer than what the engine does between two steps.
-constexpr int kSpins = 2000;
-constexpr int kYields = 50;
-
-// Waits until `value` is no longer `old` and returns what it is then.
-template <typename T>
-T WaitWhile(const std::atomic<T>& value, T old, int spins) {
-  SpinBriefly(spins, kYields, [&] { return value.load(std::memory_order_acquire) != old; });
-  T now;
-  while ((now = value.load(std::memory_order_acquire)) == old) value.wait(old, std::memory_order_acquire);
-  return now;
-}
-
 // With no core to spare for whoever waits, it does not spin.
 int SpinsFor(int threads) { return static_cast<size_t>(threads) > AllowedCpus().size() ? 0 : kSpins; }
 
